@@ -134,6 +134,13 @@ def last_valid(x: Tensor, valid: Tensor) -> Tensor:
     return x.index_select(-2, valid.to(torch.int64) - 1)
 
 
+def normalize_image(image: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """image [..., 3, H, W] in 0…1 -> (image - mean) / std per colour."""
+    scale = torch.tensor([1.0 / s for s in std], device=image.device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=image.device)
+    return image * scale[:, None, None] + shift[:, None, None]
+
+
 def patchify(image: Tensor, patch: int, merge: int) -> Tensor:
     """image [..., 3, H, W] -> patches [..., N, 3·patch²], the merge×merge patches of a token adjacent.
 
@@ -264,6 +271,7 @@ _define(
     cached_attention,
 )
 _define("last_valid(Tensor x, Tensor valid) -> Tensor", last_valid)
+_define("normalize_image(Tensor image, float[] mean, float[] std) -> Tensor", normalize_image)
 _define("patchify(Tensor image, int patch, int merge) -> Tensor", patchify)
 _define("resample_positions(Tensor table, int rows, int columns, int merge) -> Tensor", resample_positions)
 _define("grid_rotary(Tensor x, int rows, int columns, int merge, float theta) -> Tensor", grid_rotary)

@@ -7,7 +7,6 @@ twice, so that the published temporal kernel [Dv, 3, 2, p, p] acts as its sum ov
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -73,12 +72,7 @@ class VisionEncoder(nn.Module):
         config = self.config
         rows, columns = image.shape[-2] // config.patch_size, image.shape[-1] // config.patch_size
         merge = config.spatial_merge_size
-        # 0…1 to the processor's normalised range, one affine map per colour.
-        scale = torch.tensor([1.0 / s for s in config.image_std], device=image.device)
-        shift = torch.tensor(
-            [-m / s for m, s in zip(config.image_mean, config.image_std, strict=True)], device=image.device
-        )
-        image = image * scale[:, None, None] + shift[:, None, None]
+        image = ops.normalize_image(image, list(config.image_mean), list(config.image_std))
         x = self.patch(ops.patchify(image, config.patch_size, merge))
         x = x + ops.resample_positions(self.position_weight, rows, columns, merge)
         for block in self.blocks:
