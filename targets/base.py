@@ -1,0 +1,94 @@
+"""What a target must offer: say what it can do, lower traced programs, open a finished bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from export.model.config import ModelConfig
+from export.quantize.quantizer import Quantizer
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a target can express exactly; a spec beyond it is refused before any weight is read."""
+
+    bits: frozenset[int]
+    """Weight widths; 32 means unquantised."""
+    group_sizes: frozenset[int]
+    """Groups along the input features at 4 bits; 8 bits are per output channel everywhere."""
+    asymmetric: bool
+    """Zero points at 4 bits. Without them an asymmetric recipe is refused."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One lowering: what to build, from which weights, into which unfinished bundle folder."""
+
+    config: ModelConfig
+    quantizer: Quantizer
+    context_length: int
+    prefill_lengths: tuple[int, ...]
+    image_sizes: tuple[tuple[int, int], ...]
+    folder: Path
+    resume: bool = False
+    advance: Callable[[int], None] = lambda count: None
+    """Called with the number of weights just written, for a progress bar."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The target's part of the manifest."""
+
+    signatures: dict[str, Any]
+    states: list[dict[str, Any]]
+    files: dict[str, str]
+    """Relative path -> role, for every file the target wrote."""
+    session_options: dict[str, Any] = field(default_factory=dict)
+
+
+class Session(Protocol):
+    """A bundle loaded on its runtime; one conversation at a time."""
+
+    def run(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """Run one signature of the manifest with the contract's names, shapes and dtypes."""
+        ...
+
+    def reset(self) -> None:
+        """All states to zero."""
+        ...
+
+    def snapshot(self) -> object:
+        """A copy of all states, for `restore`."""
+        ...
+
+    def restore(self, snapshot: Any) -> None: ...
+
+    def states(self) -> Arrays:
+        """The present states by name, in the manifest's shapes (do not modify)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Target(Protocol):
+    """One runtime."""
+
+    name: str
+    runtime: str
+    min_version: str
+    capabilities: Capabilities
+
+    def lower(self, job: Job) -> Lowered:
+        """Write the runtime's files into `job.folder`."""
+        ...
+
+    def open(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> Session:
+        """Load a finished bundle."""
+        ...

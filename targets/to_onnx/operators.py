@@ -1,0 +1,563 @@
+"""The table: one emitter per operator of a traced program.
+
+Attributes follow the kernels of onnxruntime 1.32 (com.microsoft contrib operators). An emitter reads its
+operands as values of the graph under construction and defines the value of its node. Reshapes of the traced
+program are views made on demand, because the fused kernels want heads packed in the last axis.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import TensorProto
+from torch.fx import Node
+
+from export.model.operators import grid_rotary_table, resample_positions
+from export.model.trace import Program
+from export.quantize.quantizer import Quantizer
+from targets.to_onnx import pack
+from targets.to_onnx.graph import MICROSOFT, Graph, Shape
+
+ACCURACY_LEVEL = 4
+"""MatMulNBits quantises activations to int8 per block: the fast kernels on x86 and ARM."""
+
+
+class Lowering:
+    """State of one walk: fx node -> (value name, logical shape), and where weights come from."""
+
+    def __init__(self, graph: Graph, program: Program, quantizer: Quantizer, advance: Callable[[int], None]):
+        self.graph = graph
+        self.program = program
+        self.quantizer = quantizer
+        self.advance = advance
+        self.values: dict[Node, str] = {}
+        self.results: dict[tuple[Node, int], str] = {}
+        self.pending_sums: dict[Node, tuple[str, str]] = {}
+        self.shared: dict[str, str] = {}
+        """Values computed once per call, such as the row mask of a padded chunk."""
+
+    # -- operands ---------------------------------------------------------------------------------
+    def value(self, node: Any, shape: Shape | None = None) -> str:
+        """The value of a node, under its traced shape or another of the same size."""
+        return self.graph.view(self.values[node], shape if shape is not None else shape_of(node))
+
+    def parameter(self, node: Node) -> str | None:
+        return self.program.parameter(node.name) if node.op == "placeholder" else None
+
+    def parameter_name(self, node: Node) -> str:
+        name = self.parameter(node)
+        if name is None:
+            raise TypeError(f"{node.name} is not a parameter of the model")
+        return name
+
+    def float_weight(self, node: Node, shape: tuple[int, ...] | None = None) -> str:
+        """A parameter kept in float32, written to the weight file on first use."""
+        parameter = self.quantizer.weights.parameter(self.parameter_name(node))
+        key, written = pack.store_float(self.graph.weights, self.quantizer, parameter)
+        self.advance(written)
+        return self.graph.stored(key, shape or parameter.shape)
+
+    def define(self, node: Node, name: str) -> None:
+        self.values[node] = name
+
+    def linear(self, x: str, weight: Node, bias: Node | None) -> str:
+        """x [C, K] times a weight [N, K]: MatMulNBits when the recipe quantises it, else Gemm."""
+        name = self.parameter_name(weight)
+        parameter = self.quantizer.weights.parameter(name)
+        setting = self.quantizer.setting(name)
+        rows, columns = parameter.shape
+        shape = (*self.graph.shapes[x][:-1], rows)
+        if setting is None:
+            inputs = [x, self.float_weight(weight)] + ([self.float_weight(bias)] if bias else [])
+            return self.graph.apply("Gemm", inputs, shape, transB=1)
+        packed, written = pack.store_linear(self.graph.weights, self.quantizer, parameter, setting)
+        self.advance(written)
+        blocks = columns // packed.block
+        inputs = [
+            x,
+            self.graph.stored(packed.codes, (rows, blocks, packed.block * packed.bits // 8)),
+            self.graph.stored(packed.scales, (rows, blocks)),
+        ]
+        zero_bytes = (blocks * packed.bits + 7) // 8
+        inputs.append(self.graph.stored(packed.zero_points, (rows, zero_bytes)) if packed.zero_points else "")
+        inputs += ["", self.float_weight(bias) if bias else ""]
+        while not inputs[-1]:
+            inputs.pop()
+        return self.graph.apply(
+            "MatMulNBits",
+            inputs,
+            shape,
+            domain=MICROSOFT,
+            N=rows,
+            K=columns,
+            bits=packed.bits,
+            block_size=packed.block,
+            accuracy_level=ACCURACY_LEVEL,
+        )
+
+    def once(self, name: str, make: Callable[[], str]) -> str:
+        """A value shared by all layers of the graph."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
+
+
+Emitter = Callable[[Lowering, Node], None]
+
+
+def shape_of(node: Node) -> Shape:
+    """Traced shape of a node's tensor; a symbolic extent becomes the string "C"."""
+    return dims(node.meta["val"].shape)
+
+
+def dims(shape: Any) -> Shape:
+    return tuple(d if isinstance(d, int) else "C" for d in shape)
+
+
+def flat_heads(shape: Shape) -> Shape:
+    """[C, H, D] -> [1, C, H·D], the packed form the attention kernels take."""
+    return (1, shape[0], int(shape[1]) * int(shape[2]))
+
+
+def _getitem(low: Lowering, node: Node) -> None:
+    source, index = node.args
+    low.define(node, low.results[source, index])  # type: ignore[index]
+
+
+def _reshape(low: Lowering, node: Node) -> None:
+    low.define(node, low.values[node.args[0]])  # type: ignore[index]
+
+
+def _transpose(low: Lowering, node: Node) -> None:
+    """Only the exchange of heads and tokens around attention, whose kernel takes packed heads."""
+    low.define(node, low.values[node.args[0]])  # type: ignore[index]
+    attention = "aten.scaled_dot_product_attention.default"
+    source = node.args[0]
+    users = {str(user.target) for user in node.users}
+    if str(source.target) != attention and users != {attention}:  # type: ignore[union-attr]
+        raise ValueError(f"onnx lowers transpose only around attention; {node.name} feeds {sorted(users)}")
+
+
+def _add(low: Lowering, node: Node) -> None:
+    left, right = node.args[0], node.args[1]
+    a, b = low.value(left), low.value(right)
+    if any(str(user.target) == "mobile.rms_norm.default" for user in node.users):
+        low.pending_sums[node] = (a, b)  # the norm's kernel adds, and hands the sum on
+        return
+    low.define(node, low.graph.apply("Add", [a, b], shape_of(node)))
+
+
+def _binary(op: str) -> Emitter:
+    def emit(low: Lowering, node: Node) -> None:
+        inputs = [low.value(arg) for arg in node.args]
+        low.define(node, low.graph.apply(op, inputs, shape_of(node)))
+
+    return emit
+
+
+def _unary(op: str, domain: str = "", **attributes: Any) -> Emitter:
+    def emit(low: Lowering, node: Node) -> None:
+        x = low.value(node.args[0])
+        low.define(node, low.graph.apply(op, [x], shape_of(node), domain=domain, **attributes))
+
+    return emit
+
+
+def _gelu(low: Lowering, node: Node) -> None:
+    approximate = node.kwargs.get("approximate", "none")
+    x = low.value(node.args[0])
+    low.define(node, low.graph.apply("Gelu", [x], shape_of(node), approximate=approximate))
+
+
+def _split(low: Lowering, node: Node) -> None:
+    source, sizes = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    x = low.value(source)
+    lead = low.graph.shapes[x][:-1]
+    names = low.graph.node(
+        "Split",
+        [x, low.graph.constant(sizes, np.int64)],
+        [(*lead, size) for size in sizes],
+        axis=-1,
+    )
+    for index, name in enumerate(names):
+        low.results[node, index] = name
+
+
+def _linear(low: Lowering, node: Node) -> None:
+    weight = node.args[1]
+    bias = node.args[2] if len(node.args) > 2 else None
+    low.define(node, low.linear(low.value(node.args[0]), weight, bias))  # type: ignore[arg-type]
+
+
+def _simplified(low: Lowering, x: str, weight: str, eps: float) -> str:
+    return low.graph.apply(
+        "SimplifiedLayerNormalization", [x, weight], low.graph.shapes[x], axis=-1, epsilon=eps, stash_type=1
+    )
+
+
+def _rms_norm(low: Lowering, node: Node) -> None:
+    source, weight, eps = node.args
+    gamma = low.float_weight(weight)  # type: ignore[arg-type]
+    if source not in low.pending_sums:
+        low.define(node, _simplified(low, low.value(source), gamma, eps))  # type: ignore[arg-type]
+        return
+    a, b = low.pending_sums.pop(source)  # type: ignore[arg-type]
+    shape = shape_of(node)
+    normed, _, _, total = low.graph.node(
+        "SkipSimplifiedLayerNormalization", [a, b, gamma], [shape, None, None, shape], domain=MICROSOFT, epsilon=eps
+    )
+    low.define(node, normed)
+    low.define(source, total)  # type: ignore[arg-type]
+
+
+def _silu_of(low: Lowering, x: str) -> str:
+    return low.graph.apply("QuickGelu", [x], low.graph.shapes[x], domain=MICROSOFT, alpha=1.0)
+
+
+def _gated_rms_norm(low: Lowering, node: Node) -> None:
+    x, weight, gate, eps = node.args
+    normed = _simplified(low, low.value(x), low.float_weight(weight), eps)  # type: ignore[arg-type]
+    tokens, heads, width = shape_of(node)
+    flat = (tokens, int(heads) * int(width))
+    silu = _silu_of(low, low.value(gate, flat))
+    low.define(node, low.graph.apply("Mul", [low.graph.view(normed, flat), silu], flat))
+
+
+def _l2_norm(low: Lowering, node: Node) -> None:
+    """An RMS norm in disguise: sum = width · mean, so eps / width and scale / sqrt(width) are exact."""
+    x, eps, scale = node.args
+    width = int(shape_of(node)[-1])
+    weight = low.graph.constant(np.full(width, float(scale) * width**-0.5), np.float32)  # type: ignore[arg-type]
+    low.define(node, _simplified(low, low.value(x), weight, float(eps) / width))  # type: ignore[arg-type]
+
+
+def _rotary_table(low: Lowering, node: Node) -> None:
+    positions, theta, dim, sections, _ = node.args
+    half = int(dim) // 2  # type: ignore[call-overload]
+    index = np.arange(half)
+    axis = np.zeros(half, np.int64)
+    axis[(index % 3 == 1) & (index < 3 * sections[1])] = 1  # type: ignore[index]
+    axis[(index % 3 == 2) & (index < 3 * sections[2])] = 2  # type: ignore[index]
+    exponent = torch.arange(half, dtype=torch.float32) * 2 / dim  # type: ignore[operator]
+    frequency = (1.0 / (theta**exponent)).reshape(half, 1).numpy()  # type: ignore[operator]
+    graph, x = low.graph, low.value(positions)
+    tokens = graph.shapes[x][-1]
+    as_float = graph.apply("Cast", [x], graph.shapes[x], to=TensorProto.FLOAT)
+    chosen = graph.apply("Gather", [as_float, graph.constant(axis, np.int64)], (half, tokens), axis=0)
+    angle = graph.apply("Mul", [chosen, graph.constant(frequency, np.float32)], (half, tokens))
+    angle = graph.view(graph.apply("Transpose", [angle], (tokens, half), perm=[1, 0]), (1, tokens, half))
+    for place, op in enumerate(("Cos", "Sin")):
+        low.results[node, place] = graph.apply(op, [angle], (1, tokens, half))
+
+
+def _rotate(low: Lowering, x: str, cos: str, sin: str, heads: int, width: int) -> str:
+    return low.graph.apply(
+        "RotaryEmbedding",
+        [x, cos, sin],
+        low.graph.shapes[x],
+        num_heads=heads,
+        rotary_embedding_dim=0 if width == 2 * int(low.graph.shapes[cos][-1]) else 2 * int(low.graph.shapes[cos][-1]),
+        interleaved=0,
+    )
+
+
+def _rotary(low: Lowering, node: Node) -> None:
+    x, cos, sin = node.args
+    shape = shape_of(node)
+    packed = low.value(x, flat_heads(shape))
+    low.define(node, _rotate(low, packed, low.values[cos], low.values[sin], int(shape[1]), int(shape[2])))  # type: ignore[index]
+
+
+def _grid_rotary(low: Lowering, node: Node) -> None:
+    x, rows, columns, merge, theta = node.args
+    shape = shape_of(node)
+    cos, sin = grid_rotary_table(rows, columns, merge, int(shape[2]), theta, torch.device("cpu"))  # type: ignore[arg-type]
+    tables = [low.graph.constant(t.unsqueeze(0).numpy(), np.float32) for t in (cos, sin)]
+    packed = low.value(x, flat_heads(shape))
+    low.define(node, _rotate(low, packed, tables[0], tables[1], int(shape[1]), int(shape[2])))
+
+
+def _causal_conv(low: Lowering, node: Node) -> None:
+    x, weight, state, valid = node.args
+    graph = low.graph
+    channels, width = low.quantizer.weights.parameter(low.parameter_name(weight)).shape  # type: ignore[arg-type]
+    tokens = shape_of(x)[0]  # type: ignore[arg-type]
+    rows = low.value(x, (1, tokens, channels))
+    past = low.values[state]  # type: ignore[index]
+    kernel = low.float_weight(weight, (channels, 1, width))  # type: ignore[arg-type]
+    y, present = graph.node(
+        "CausalConvWithState",
+        [rows, kernel, "", past],
+        [(1, tokens, channels), (1, width - 1, channels)],
+        domain=MICROSOFT,
+        activation="silu",
+        channels_last=1,
+    )
+    low.results[node, 0] = y
+    if valid is None:
+        low.results[node, 1] = present
+        return
+    # The kernel remembers the last rows of the chunk, padding included: take the last *valid* ones instead.
+    keep = width - 1
+    end = low.once("valid64", lambda: graph.apply("Cast", [low.values[valid]], (1,), to=TensorProto.INT64))  # type: ignore[index]
+    zero, axis = graph.constant([0], np.int64), graph.constant([1], np.int64)
+
+    def first() -> str:
+        before = graph.apply("Sub", [end, graph.constant([keep], np.int64)], (1,))
+        return graph.apply("Max", [before, zero], (1,))
+
+    begin = low.once(f"tail_start_{keep}", first)
+    tail = graph.apply("Slice", [rows, begin, end, axis], (1, "tail", channels))
+    joined = graph.apply("Concat", [past, tail], (1, "joined", channels), axis=1)
+    last, far = graph.constant([-keep], np.int64), graph.constant([np.iinfo(np.int32).max], np.int64)
+    low.results[node, 1] = graph.apply("Slice", [joined, last, far, axis], (1, keep, channels))
+
+
+def _delta_gates(low: Lowering, node: Node) -> None:
+    a, b, decay_scale, dt_bias, valid = node.args
+    graph = low.graph
+    tokens, heads = shape_of(a)  # type: ignore[arg-type]
+    shape: Shape = (1, tokens, heads)
+    gates = graph.node(
+        "LinearAttentionGate",
+        [
+            low.value(a, shape),
+            low.float_weight(dt_bias),  # type: ignore[arg-type]
+            low.float_weight(decay_scale),  # type: ignore[arg-type]
+            low.value(b, shape),
+        ],
+        [shape, shape],
+        domain=MICROSOFT,
+    )
+    for place, gate in enumerate(gates):
+        if valid is not None:
+            gate = graph.apply("Mul", [gate, low.once("real", lambda: _real_rows(low, valid, tokens))], shape)  # type: ignore[arg-type]
+        low.results[node, place] = gate
+
+
+def _real_rows(low: Lowering, valid: Node, tokens: int | str) -> str:
+    """1.0 for rows before `valid`, 0.0 for padding: [1, C, 1]."""
+    graph = low.graph
+    index = graph.apply(
+        "Range",
+        [graph.constant(0, np.int32), graph.view(_tokens(low), ()), graph.constant(1, np.int32)],
+        (tokens,),
+    )
+    real = graph.apply("Less", [index, low.values[valid]], (tokens,))
+    return graph.view(graph.apply("Cast", [real], (tokens,), to=TensorProto.FLOAT), (1, tokens, 1))
+
+
+def _tokens(low: Lowering) -> str:
+    """Number of rows C of this call as int32 [1]."""
+    graph = low.graph
+
+    def make() -> str:
+        count = graph.apply("Shape", ["embeddings"], (1,), start=1, end=2)
+        return graph.apply("Cast", [count], (1,), to=TensorProto.INT32)
+
+    return low.once("tokens", make)
+
+
+def _gated_delta(low: Lowering, node: Node) -> None:
+    q, k, v, g, beta, state = node.args
+    keys, values = shape_of(q), shape_of(v)  # type: ignore[arg-type]
+    tokens = values[0]
+    outputs = low.graph.node(
+        "LinearAttention",
+        [
+            low.value(q, flat_heads(keys)),
+            low.value(k, flat_heads(keys)),
+            low.value(v, flat_heads(values)),
+            low.values[state],  # type: ignore[index]
+            low.value(g, (1, tokens, values[1])),
+            low.value(beta, (1, tokens, values[1])),
+        ],
+        [flat_heads(values), (1, values[1], keys[2], values[2])],
+        domain=MICROSOFT,
+        update_rule="gated_delta",
+        q_num_heads=keys[1],
+        kv_num_heads=values[1],
+        scale=1.0,
+    )
+    low.results[node, 0], low.results[node, 1] = outputs
+
+
+def _cached_attention(low: Lowering, node: Node) -> None:
+    q, k, v, key_cache, value_cache, start, scale = node.args
+    graph = low.graph
+    queries, keys = shape_of(q), shape_of(k)  # type: ignore[arg-type]
+    caches = [low.values[key_cache], low.values[value_cache]]  # type: ignore[index]
+
+    def total() -> str:
+        return graph.apply("Add", [low.values[start], _tokens(low)], (1,))  # type: ignore[index]
+
+    after = low.once("total", total)
+    last = low.once("last", lambda: graph.apply("Sub", [after, graph.constant([1], np.int32)], (1,)))
+    outputs = graph.node(
+        "GroupQueryAttention",
+        [
+            low.value(q, flat_heads(queries)),
+            low.value(k, flat_heads(keys)),
+            low.value(v, flat_heads(keys)),
+            *caches,
+            last,
+            graph.view(after, ()),
+        ],
+        [flat_heads(queries), graph.shapes[caches[0]], graph.shapes[caches[1]]],
+        domain=MICROSOFT,
+        num_heads=queries[1],
+        kv_num_heads=keys[1],
+        scale=scale,
+    )
+    for place, name in enumerate(outputs):
+        low.results[node, place] = name
+
+
+def _last_valid(low: Lowering, node: Node) -> None:
+    x, valid = node.args
+    graph = low.graph
+    row = graph.apply("Sub", [low.values[valid], graph.constant([1], np.int32)], (1,))  # type: ignore[index]
+    low.define(node, graph.apply("Gather", [low.value(x), row], shape_of(node), axis=0))
+
+
+def _attention(low: Lowering, node: Node) -> None:
+    """Full attention over all patches; operands are [H, N, D] views of packed [1, N, H·D] values."""
+    heads, tokens, width = shape_of(node)
+    packed = (1, tokens, int(heads) * int(width))
+    inputs = [low.value(arg, packed) for arg in node.args[:3]]
+    low.define(
+        node,
+        low.graph.apply("MultiHeadAttention", inputs, packed, domain=MICROSOFT, num_heads=heads),
+    )
+
+
+def _layer_norm(low: Lowering, node: Node) -> None:
+    x, _, weight, bias, eps = node.args[:5]
+    inputs = [low.value(x), low.float_weight(weight), low.float_weight(bias)]  # type: ignore[arg-type]
+    low.define(
+        node, low.graph.apply("LayerNormalization", inputs, shape_of(node), axis=-1, epsilon=eps)
+    )
+
+
+def _normalize_image(low: Lowering, node: Node) -> None:
+    x, mean, std = node.args
+    scale = 1.0 / np.asarray(std, np.float64)
+    shift = -np.asarray(mean, np.float64) * scale
+    graph, shape = low.graph, shape_of(node)
+    scaled = graph.apply("Mul", [low.value(x), graph.constant(scale.reshape(3, 1, 1), np.float32)], shape)
+    low.define(node, graph.apply("Add", [scaled, graph.constant(shift.reshape(3, 1, 1), np.float32)], shape))
+
+
+def _patchify(low: Lowering, node: Node) -> None:
+    x, patch, merge = node.args
+    channels, height, width = (int(d) for d in shape_of(x))  # type: ignore[arg-type]
+    rows, columns = height // patch // merge, width // patch // merge  # type: ignore[operator]
+    split = (channels, rows, merge, patch, columns, merge, patch)
+    order = [1, 4, 2, 5, 0, 3, 6]
+    moved = low.graph.apply(
+        "Transpose", [low.value(x, split)], tuple(split[i] for i in order), perm=order  # type: ignore[arg-type]
+    )
+    low.define(node, moved)
+
+
+def _resample_positions(low: Lowering, node: Node) -> None:
+    """Depends on a weight only: computed here, one table per image size."""
+    table, rows, columns, merge = node.args
+    parameter = low.parameter_name(table)  # type: ignore[arg-type]
+    key = f"{parameter}|{rows}x{columns}"
+    if key not in low.graph.weights:
+        resampled = resample_positions(low.quantizer.weights.tensor(parameter), rows, columns, merge)  # type: ignore[arg-type]
+        low.graph.weights.write(key, np.dtype(np.float32), [resampled.numpy()])
+    low.define(node, low.graph.stored(key, [int(d) for d in shape_of(node)]))
+
+
+def _embedding(low: Lowering, node: Node) -> None:
+    weight, ids = node.args
+    name = low.parameter_name(weight)  # type: ignore[arg-type]
+    parameter, setting = low.quantizer.weights.parameter(name), low.quantizer.setting(name)
+    graph, shape = low.graph, shape_of(node)
+    if setting is None:
+        inputs = [low.float_weight(weight), low.value(ids)]  # type: ignore[arg-type]
+        low.define(node, graph.apply("Gather", inputs, shape, axis=0))
+        return
+    packed, written = pack.store_linear(graph.weights, low.quantizer, parameter, setting)
+    low.advance(written)
+    rows, blocks = packed.rows, packed.columns // packed.block
+    inputs = [
+        graph.stored(packed.codes, (rows, packed.columns * packed.bits // 8)),
+        low.value(ids),
+        graph.stored(packed.scales, (rows, blocks)),
+    ]
+    if packed.zero_points:
+        inputs.append(graph.stored(packed.zero_points, (rows, (blocks * packed.bits + 7) // 8)))
+    low.define(
+        node,
+        graph.apply(
+            "GatherBlockQuantized",
+            inputs,
+            shape,
+            domain=MICROSOFT,
+            bits=packed.bits,
+            block_size=packed.block,
+            gather_axis=0,
+            quantize_axis=1,
+        ),
+    )
+
+
+def _nothing(low: Lowering, node: Node) -> None:
+    """Symbolic sizes live in shapes, not in values."""
+
+
+EMITTERS: dict[str, Emitter] = {
+    "getitem": _getitem,
+    "aten.sym_size.int": _nothing,
+    "aten.reshape.default": _reshape,
+    "aten.squeeze.dim": _reshape,
+    "aten.unsqueeze.default": _reshape,
+    "aten.transpose.int": _transpose,
+    "aten.add.Tensor": _add,
+    "aten.mul.Tensor": _binary("Mul"),
+    "aten.sigmoid.default": _unary("Sigmoid"),
+    "aten.silu.default": _unary("QuickGelu", MICROSOFT, alpha=1.0),
+    "aten.gelu.default": _gelu,
+    "aten.split_with_sizes.default": _split,
+    "aten.linear.default": _linear,
+    "aten.layer_norm.default": _layer_norm,
+    "aten.embedding.default": _embedding,
+    "aten.scaled_dot_product_attention.default": _attention,
+    "mobile.rms_norm.default": _rms_norm,
+    "mobile.gated_rms_norm.default": _gated_rms_norm,
+    "mobile.l2_norm.default": _l2_norm,
+    "mobile.causal_conv.default": _causal_conv,
+    "mobile.delta_gates.default": _delta_gates,
+    "mobile.gated_delta_step.default": _gated_delta,
+    "mobile.gated_delta_chunk.default": _gated_delta,
+    "mobile.rotary_table.default": _rotary_table,
+    "mobile.rotary.default": _rotary,
+    "mobile.grid_rotary.default": _grid_rotary,
+    "mobile.cached_attention.default": _cached_attention,
+    "mobile.last_valid.default": _last_valid,
+    "mobile.normalize_image.default": _normalize_image,
+    "mobile.patchify.default": _patchify,
+    "mobile.resample_positions.default": _resample_positions,
+}
+
+
+def walk(low: Lowering) -> None:
+    """Emit every node of the program whose placeholders already have values.
+
+    Raises:
+        ValueError: an operator outside the table.
+    """
+    for node in low.program.exported.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = "getitem" if node.target is operator.getitem else str(node.target)
+        if name not in EMITTERS:
+            raise ValueError(f"onnx has no emitter for operator {name}; add one to the table")
+        EMITTERS[name](low, node)
