@@ -1,0 +1,203 @@
+"""The fp32 reference, layer by layer: transformers' own layers, and ours, over one fixed sequence.
+
+No more than one decoder layer (or one block of head rows) is in memory, so that a 9B model is judged on a
+machine that could not hold it. A sequence is teacher-forced: every layer sees all its tokens, then the next
+layer is loaded. transformers' modules are used as they are; only the loop around them is ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from export.checkpoint.base import Checkpoint
+from export.checkpoint.weights import TEXT, VISION, Weights
+from export.model import state
+from export.model.config import FULL, ModelConfig
+from export.model.decoder import Decoder
+from export.model.operators import ops
+from export.model.vision import VisionEncoder
+
+HEAD_ROWS = 16384
+Arrays = dict[str, NDArray[Any]]
+
+
+def hf_config(checkpoint: Checkpoint, config: ModelConfig) -> Any:
+    """transformers' config object for the checkpoint, truncated like `config`."""
+    from transformers import Qwen3_5Config
+
+    raw = copy.deepcopy(dict(checkpoint.config))
+    raw["text_config"]["num_hidden_layers"] = config.text.num_hidden_layers
+    raw["text_config"]["layer_types"] = list(config.text.layer_types)
+    result = Qwen3_5Config(**{k: v for k, v in raw.items() if k != "architectures"})
+    result._attn_implementation = "eager"
+    result.text_config._attn_implementation = "eager"
+    return result
+
+
+def load_module(module: torch.nn.Module, checkpoint: Checkpoint, prefix: str) -> torch.nn.Module:
+    """Fill a module made on the meta device from published tensors, in float32."""
+    tensors = {name: checkpoint.read(f"{prefix}.{name}") for name, _ in module.named_parameters()}
+    module.load_state_dict(tensors, strict=False, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+def head_logits(checkpoint: Checkpoint, config: ModelConfig, hidden: Tensor) -> NDArray[np.float32]:
+    """hidden [T, D] times the head in row blocks: logits [T, V]."""
+    name = f"{TEXT}.embed_tokens.weight" if config.text.tie_word_embeddings else "lm_head.weight"
+    logits = np.empty((hidden.shape[0], config.text.vocab_size), np.float32)
+    for start in range(0, config.text.vocab_size, HEAD_ROWS):
+        stop = min(start + HEAD_ROWS, config.text.vocab_size)
+        logits[:, start:stop] = (hidden @ checkpoint.read(name, start, stop).T).numpy()
+    return logits
+
+
+def embed(checkpoint: Checkpoint, ids: Sequence[int]) -> NDArray[np.float32]:
+    """Rows [T, D] of the published embedding, read one by one."""
+    rows = {i: checkpoint.read(f"{TEXT}.embed_tokens.weight", i, i + 1)[0].numpy() for i in set(ids)}
+    return np.stack([rows[i] for i in ids])
+
+
+@torch.inference_mode()
+def hf_vision(checkpoint: Checkpoint, config: ModelConfig, image: NDArray[Any]) -> NDArray[np.float32]:
+    """transformers' vision tower on a picture [3, H, W] in 0…1: image embeddings [N, D]."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
+
+    if config.vision is None:
+        raise ValueError("the model has no vision encoder")
+    vision = config.vision
+    tower = _on_meta(lambda: Qwen3_5VisionModel(hf_config(checkpoint, config).vision_config))
+    tower.rotary_pos_emb = type(tower.rotary_pos_emb)(tower.config)
+    load_module(tower, checkpoint, VISION)
+    # The published layout of a patch is channel, time, row, column; a still picture repeats its frame.
+    pixels = ops.normalize_image(torch.from_numpy(image), list(vision.image_mean), list(vision.image_std))
+    patches = ops.patchify(pixels, vision.patch_size, vision.spatial_merge_size)
+    side = vision.patch_size
+    patches = patches.reshape(-1, 3, 1, side, side).expand(-1, 3, vision.temporal_patch_size, side, side)
+    grid = torch.tensor([[1, image.shape[1] // side, image.shape[2] // side]])
+    result = tower(patches.reshape(patches.shape[0], -1), grid_thw=grid).pooler_output
+    return np.asarray(result.numpy(), np.float32)
+
+
+def _on_meta(make: Any) -> Any:
+    with torch.device("meta"):
+        return make()
+
+
+@torch.inference_mode()
+def hf_sequence(
+    checkpoint: Checkpoint, config: ModelConfig, rows: NDArray[Any], position_ids: NDArray[Any]
+) -> tuple[NDArray[np.float32], Arrays]:
+    """transformers fp32 over embeddings rows [T, D] at positions [3, T].
+
+    Returns:
+        logits [T, V] and the state after the last token, named and shaped as in `export.model.state`
+        (KV rows 0…T-1 only).
+    """
+    from transformers.cache_utils import DynamicCache
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as hf
+
+    settings = hf_config(checkpoint, config).text_config
+    hidden = torch.from_numpy(rows).unsqueeze(0)
+    tokens = hidden.shape[1]
+    rotary = hf.Qwen3_5TextRotaryEmbedding(settings)
+    tables = rotary(hidden, torch.from_numpy(position_ids).to(torch.int64).unsqueeze(1))
+    mask = torch.full((tokens, tokens), torch.finfo(torch.float32).min).triu(1)[None, None]
+    cache = DynamicCache(config=settings)
+    states: Arrays = {}
+    for index, kind in enumerate(config.text.layer_types):
+        layer = _on_meta(lambda i=index: hf.Qwen3_5DecoderLayer(settings, i))
+        load_module(layer, checkpoint, f"{TEXT}.layers.{index}")
+        full = kind == FULL
+        hidden = layer(
+            hidden,
+            position_embeddings=tables,
+            attention_mask=mask if full else None,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        if full:
+            states[f"key_{index}"] = cache.layers[index].keys[0].numpy()
+            states[f"value_{index}"] = cache.layers[index].values[0].numpy()
+        else:
+            width = config.text.linear_conv_kernel_dim - 1
+            conv = cache.get_conv_state(index, state_idx=0)[0]
+            states[f"conv_{index}"] = conv[:, -width:].numpy()
+            states[f"recurrent_{index}"] = cache.get_recurrent_state(index, state_idx=0)[0].numpy()
+    norm = _on_meta(lambda: hf.Qwen3_5RMSNorm(config.text.hidden_size, config.text.rms_norm_eps))
+    load_module(norm, checkpoint, f"{TEXT}.norm")
+    return head_logits(checkpoint, config, norm(hidden)[0]), states
+
+
+def fill(module: torch.nn.Module, weights: Weights, prefix: str) -> torch.nn.Module:
+    """Fill one of our modules made on the meta device, in float32."""
+    names = [name for name, _ in module.named_parameters()]
+    module.load_state_dict({n: weights.tensor(f"{prefix}{n}") for n in names}, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def own_vision(weights: Weights, image: NDArray[Any]) -> NDArray[np.float32]:
+    """Our vision encoder on a picture [3, H, W] in 0…1."""
+    vision = weights.config.vision
+    if vision is None:
+        raise ValueError("the model has no vision encoder")
+    encoder = fill(_on_meta(lambda: VisionEncoder(vision)), weights, "vision.")
+    return np.asarray(encoder(torch.from_numpy(image)).numpy(), np.float32)
+
+
+def pieces(tokens: int, plan: Sequence[tuple[int | None, int]]) -> Iterator[tuple[int, int | None, int]]:
+    """(first token, chunk length or None for decode, valid tokens) covering `tokens`."""
+    first = 0
+    for length, valid in plan:
+        yield first, length, valid
+        first += valid
+    if first != tokens:
+        raise ValueError(f"the plan covers {first} tokens, not {tokens}")
+
+
+@torch.inference_mode()
+def own_sequence(
+    weights: Weights,
+    rows: NDArray[Any],
+    position_ids: NDArray[Any],
+    plan: Sequence[tuple[int | None, int]],
+    cache_rows: int,
+) -> tuple[NDArray[np.float32], Arrays]:
+    """Our modules over the same sequence, by padded chunks and single steps as `plan` says.
+
+    Returns:
+        logits [T, V] and the final states, KV caches with all their `cache_rows` rows.
+    """
+    config = weights.config
+    hidden = torch.from_numpy(rows)
+    positions = torch.from_numpy(position_ids)
+    states: Arrays = {}
+    for index in range(config.text.num_hidden_layers):
+        part = range(index, index + 1)
+        decoder = _on_meta(lambda p=part: Decoder(config.text, p, head=False))
+        fill(decoder, weights, "decoder.")
+        layout = state.layout(config.text, cache_rows, part)
+        current = [torch.zeros(s.shape) for s in layout]
+        outputs = []
+        for first, length, valid in pieces(len(rows), plan):
+            size = length or 1
+            chunk = torch.zeros(size, hidden.shape[1])
+            chunk[:valid] = hidden[first : first + valid]
+            places = torch.zeros(3, size, dtype=torch.int32)
+            places[:, :valid] = positions[:, first : first + valid]
+            limit = None if length is None else torch.tensor([valid], dtype=torch.int32)
+            start = torch.tensor([first], dtype=torch.int32)
+            result, current = decoder(chunk, places, start, limit, current)
+            outputs.append(result[:valid])
+        hidden = torch.cat(outputs)
+        states |= {s.name: t.numpy() for s, t in zip(layout, current, strict=True)}
+    norm = weights.tensor("decoder.norm.weight")
+    normed = ops.rms_norm(hidden, norm, config.text.rms_norm_eps)
+    return head_logits(weights.checkpoint, config, normed), states
