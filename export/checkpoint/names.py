@@ -1,0 +1,133 @@
+"""The published tensor names and shapes that a config implies, and the check of a checkpoint against them.
+
+The table mirrors the state dict of transformers' Qwen3_5ForConditionalGeneration; a test compares both.
+"""
+
+from __future__ import annotations
+
+from export.checkpoint.base import Checkpoint, CheckpointError
+from export.model.config import LINEAR, ModelConfig, TextConfig, VisionConfig
+
+Shape = tuple[int, ...]
+MTP_NOTICE = "mtp.* is not exported yet"
+
+
+def expected(config: ModelConfig) -> dict[str, Shape]:
+    """Published name -> shape of every tensor the exported model is made of."""
+    names = _text(config.text)
+    if config.vision is not None:
+        names |= _vision(config.vision)
+    return names
+
+
+def check(checkpoint: Checkpoint) -> list[str]:
+    """Compare all names and shapes with the config before any work starts.
+
+    Returns:
+        Notices for the user: what the checkpoint holds that is known and not exported.
+
+    Raises:
+        CheckpointError: a missing, misshaped or unknown tensor.
+    """
+    wanted = expected(checkpoint.model_config)
+    found = set(checkpoint.names())
+    missing = sorted(set(wanted) - found)
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {_listed(missing)}; config.json implies {_count(missing)}: take weights "
+            "and config.json from the same publication"
+        )
+    for name, shape in wanted.items():
+        if checkpoint.shape(name) != shape:
+            raise CheckpointError(
+                f"{name} has shape {list(checkpoint.shape(name))}; config.json implies {list(shape)}: take "
+                "weights and config.json from the same publication"
+            )
+    # A tied head may be stored as well; it repeats the embedding and is not read.
+    extra = found - set(wanted) - {"lm_head.weight"}
+    unknown = sorted(name for name in extra if not name.startswith("mtp."))
+    if unknown:
+        # Leaving out a tensor that the model was trained with (a bias, an adapter) gives wrong output.
+        raise CheckpointError(
+            f"the checkpoint holds {_listed(unknown)}, which no Qwen3.5 of this config.json has; use an "
+            "unmodified checkpoint, adapters merged and not quantised"
+        )
+    return [MTP_NOTICE] if len(extra) > len(unknown) else []
+
+
+def _text(c: TextConfig) -> dict[str, Shape]:
+    model = "model.language_model"
+    names: dict[str, Shape] = {f"{model}.embed_tokens.weight": (c.vocab_size, c.hidden_size)}
+    for index, kind in enumerate(c.layer_types):
+        layer = f"{model}.layers.{index}"
+        names[f"{layer}.input_layernorm.weight"] = (c.hidden_size,)
+        names |= _delta_net(f"{layer}.linear_attn", c) if kind == LINEAR else _attention(f"{layer}.self_attn", c)
+        names[f"{layer}.post_attention_layernorm.weight"] = (c.hidden_size,)
+        names[f"{layer}.mlp.gate_proj.weight"] = (c.intermediate_size, c.hidden_size)
+        names[f"{layer}.mlp.up_proj.weight"] = (c.intermediate_size, c.hidden_size)
+        names[f"{layer}.mlp.down_proj.weight"] = (c.hidden_size, c.intermediate_size)
+    names[f"{model}.norm.weight"] = (c.hidden_size,)
+    if not c.tie_word_embeddings:
+        names["lm_head.weight"] = (c.vocab_size, c.hidden_size)
+    return names
+
+
+def _attention(prefix: str, c: TextConfig) -> dict[str, Shape]:
+    query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    return {
+        f"{prefix}.q_proj.weight": (2 * query, c.hidden_size),  # per head: query, then output gate
+        f"{prefix}.k_proj.weight": (key, c.hidden_size),
+        f"{prefix}.v_proj.weight": (key, c.hidden_size),
+        f"{prefix}.o_proj.weight": (c.hidden_size, query),
+        f"{prefix}.q_norm.weight": (c.head_dim,),
+        f"{prefix}.k_norm.weight": (c.head_dim,),
+    }
+
+
+def _delta_net(prefix: str, c: TextConfig) -> dict[str, Shape]:
+    return {
+        f"{prefix}.in_proj_qkv.weight": (c.conv_dim, c.hidden_size),
+        f"{prefix}.in_proj_z.weight": (c.linear_value_dim, c.hidden_size),
+        f"{prefix}.in_proj_b.weight": (c.linear_num_value_heads, c.hidden_size),
+        f"{prefix}.in_proj_a.weight": (c.linear_num_value_heads, c.hidden_size),
+        f"{prefix}.conv1d.weight": (c.conv_dim, 1, c.linear_conv_kernel_dim),
+        f"{prefix}.A_log": (c.linear_num_value_heads,),
+        f"{prefix}.dt_bias": (c.linear_num_value_heads,),
+        f"{prefix}.norm.weight": (c.linear_value_head_dim,),
+        f"{prefix}.out_proj.weight": (c.hidden_size, c.linear_value_dim),
+    }
+
+
+def _vision(c: VisionConfig) -> dict[str, Shape]:
+    model = "model.visual"
+    width, merged = c.hidden_size, c.hidden_size * c.spatial_merge_size**2
+    names: dict[str, Shape] = {
+        f"{model}.patch_embed.proj.weight": (width, 3, c.temporal_patch_size, c.patch_size, c.patch_size),
+        f"{model}.patch_embed.proj.bias": (width,),
+        f"{model}.pos_embed.weight": (c.num_position_embeddings, width),
+        f"{model}.merger.norm.weight": (width,),
+        f"{model}.merger.norm.bias": (width,),
+    }
+    linears = {"merger.linear_fc1": (merged, merged), "merger.linear_fc2": (c.out_hidden_size, merged)}
+    for index in range(c.depth):
+        block = f"blocks.{index}"
+        for norm in ("norm1", "norm2"):
+            names[f"{model}.{block}.{norm}.weight"] = (width,)
+            names[f"{model}.{block}.{norm}.bias"] = (width,)
+        linears[f"{block}.attn.qkv"] = (3 * width, width)
+        linears[f"{block}.attn.proj"] = (width, width)
+        linears[f"{block}.mlp.linear_fc1"] = (c.intermediate_size, width)
+        linears[f"{block}.mlp.linear_fc2"] = (width, c.intermediate_size)
+    for linear, (rows, columns) in linears.items():
+        names[f"{model}.{linear}.weight"] = (rows, columns)
+        names[f"{model}.{linear}.bias"] = (rows,)
+    return names
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest
+
+
+def _count(names: list[str]) -> str:
+    return "this tensor" if len(names) == 1 else f"these {len(names)} tensors"

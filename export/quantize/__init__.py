@@ -1,0 +1,1 @@
+"""Quantise once: one representation, recipes as data, row by row, for every target."""

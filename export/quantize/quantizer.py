@@ -1,0 +1,64 @@
+"""Weights as the recipe wants them, streamed: read rows, quantise, hand on, forget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor
+
+from export.checkpoint.weights import Weights
+from export.quantize import rtn
+from export.quantize.recipe import Recipe, Setting
+from export.quantize.tensor import QuantizedBlock
+
+Method = Callable[[Tensor, Setting], QuantizedBlock]
+
+METHODS: dict[str, Method] = {"rtn": rtn.quantize_block}
+"""Name in a recipe -> function of float32 rows. A calibrated method joins here."""
+
+
+class Quantizer:
+    """One recipe applied to one checkpoint. Nothing is cached but error sums."""
+
+    def __init__(self, weights: Weights, recipe: Recipe) -> None:
+        self.weights = weights
+        self.recipe = recipe.for_model(weights.config.text.tie_word_embeddings)
+        self._errors: dict[str, tuple[float, float]] = {}
+
+    def setting(self, name: str) -> Setting | None:
+        """How a parameter is quantised, or None when it stays float32."""
+        role = self.weights.parameter(name).role
+        if role == "kept":
+            return None
+        setting = self.recipe.roles[role]
+        return setting if setting.quantised else None
+
+    def blocks(self, name: str) -> Iterator[tuple[int, QuantizedBlock]]:
+        """(first row, quantised rows) of a parameter, in order, about 4 M weights at a time."""
+        setting = self._required(name)
+        signal = noise = 0.0
+        for start, rows in self.weights.blocks(name):
+            block = METHODS[setting.method](rows, setting)
+            error = block.dequantize().sub_(rows)
+            signal += float(rows.square().sum())
+            noise += float(error.square().sum())
+            yield start, block
+        self._errors[name] = (signal, noise)
+
+    def reference_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a parameter as every bundle of this recipe must hold them: float32, dequantised."""
+        rows = self.weights.rows(name, start, stop)
+        setting = self.setting(name)
+        if setting is None:
+            return rows
+        return METHODS[setting.method](rows, setting).dequantize()
+
+    def relative_errors(self) -> dict[str, float]:
+        """Root mean square error of each streamed parameter, relative to its own."""
+        return {name: (noise / signal) ** 0.5 if signal else 0.0 for name, (signal, noise) in self._errors.items()}
+
+    def _required(self, name: str) -> Setting:
+        setting = self.setting(name)
+        if setting is None:
+            raise ValueError(f"{name} is not quantised by recipe {self.recipe.name}")
+        return setting

@@ -1,0 +1,98 @@
+"""Round to nearest with a clipping search.
+
+For every group a few scales are tried and the one with the least squared error is kept: shrinking the range
+rounds the bulk finer and clips the tails. All work runs on pieces that fit a core's cache, a handful of
+vectorised passes per candidate; the result of a row depends on that row alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from export.quantize.recipe import Setting
+from export.quantize.tensor import QuantizedBlock
+
+PIECE = 128 * 1024
+"""Elements worked on at a time: with its scratch buffers about one core's L2 cache."""
+
+SMALLEST, LARGEST = 2.0**-14, 65280.0
+"""Scales stay inside float16's normal range, on values that bfloat16 holds too."""
+
+STEPS: dict[int, tuple[float, ...]] = {
+    4: (7.0, 7.4, 7.8, 8.2, 8.7, 9.3, 10.0),
+    8: (127.0, 134.0, 142.0),
+}
+"""Candidates for absmax / scale. 7 and 127 clip nothing; the last ones clip about 30 % and 10 %."""
+
+SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Candidates for the kept share of an asymmetric range."""
+
+
+def round_scales(scales: Tensor) -> Tensor:
+    """To the nearest value with 8 significant bits, which float32, float16 and bfloat16 hold exactly."""
+    return scales.clamp(SMALLEST, LARGEST).to(torch.bfloat16).to(torch.float32)
+
+
+def quantize_block(weight: Tensor, setting: Setting) -> QuantizedBlock:
+    """Quantise float32 rows [r, K] as `setting` says.
+
+    Raises:
+        ValueError: the group size does not divide K (recipes are checked long before).
+    """
+    rows, columns = weight.shape
+    group = setting.group_size or columns
+    if columns % group:
+        raise ValueError(f"group_size {group} does not divide {columns} input features")
+    groups = columns // group
+    codes = torch.empty((rows, columns), dtype=torch.int8)
+    scales = torch.empty((rows, groups))
+    zeros = None if setting.symmetric else torch.empty((rows, groups), dtype=torch.uint8)
+    step = max(1, PIECE // columns)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        piece = weight[start:stop].reshape(-1, group)
+        target = codes[start:stop].view(-1, group)
+        if zeros is None:
+            _symmetric(piece, setting.bits, target, scales[start:stop].view(-1))
+        else:
+            _asymmetric(piece, target, scales[start:stop].view(-1), zeros[start:stop].view(-1))
+    return QuantizedBlock(codes, scales, zeros)
+
+
+def _symmetric(weight: Tensor, bits: int, codes: Tensor, scales: Tensor) -> None:
+    """weight [n, g] -> codes int8 [n, g] and scales [n], written in place."""
+    high = (1 << (bits - 1)) - 1
+    low = -high - 1 if bits == 4 else -high
+    largest = weight.abs().amax(1)
+    scaled, rounded = torch.empty_like(weight), torch.empty_like(weight)
+    best = torch.full_like(largest, float("inf"))
+    for steps in STEPS[bits]:
+        scale = round_scales(largest / steps)
+        torch.mul(weight, (1.0 / scale).unsqueeze(1), out=scaled)
+        torch.round(scaled, out=rounded).clamp_(low, high)
+        error = torch.linalg.vector_norm(scaled.sub_(rounded), dim=1).mul_(scale)
+        better = error < best
+        torch.where(better, error, best, out=best)
+        scales.copy_(torch.where(better, scale, scales))
+    torch.mul(weight, (1.0 / scales).unsqueeze(1), out=scaled)
+    codes.copy_(scaled.round_().clamp_(low, high))
+
+
+def _asymmetric(weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+    """4 bits with zero points; zero itself stays exact, since 0 lies inside every kept range."""
+    low, high = weight.amin(1).clamp_(max=0), weight.amax(1).clamp_(min=0)
+    scaled, rounded = torch.empty_like(weight), torch.empty_like(weight)
+    best = torch.full_like(low, float("inf"))
+    for keep in SHRINK:
+        scale = round_scales((high - low) * (keep / 15))
+        zero = (-low * keep / scale).round_().clamp_(0, 15)
+        torch.mul(weight, (1.0 / scale).unsqueeze(1), out=scaled).add_(zero.unsqueeze(1))
+        torch.round(scaled, out=rounded).clamp_(0, 15)
+        error = torch.linalg.vector_norm(scaled.sub_(rounded), dim=1).mul_(scale)
+        better = error < best
+        torch.where(better, error, best, out=best)
+        scales.copy_(torch.where(better, scale, scales))
+        zeros.copy_(torch.where(better, zero.to(torch.uint8), zeros))
+    torch.mul(weight, (1.0 / scales).unsqueeze(1), out=scaled).add_(zeros.to(torch.float32).unsqueeze(1))
+    codes.copy_(scaled.round_().clamp_(0, 15))

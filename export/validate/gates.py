@@ -1,0 +1,87 @@
+"""Every tolerance of the project in one table, each with the reason for its number.
+
+A check is a name, a value and the gate it must meet. Rungs: L0 our modules against transformers, L1 the
+lowered program without quantisation against our modules, L2 the artifact's weights against the quantiser,
+L3 the shipped artifact against transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Gate:
+    """`value <= limit` (or `>=` when `at_least`)."""
+
+    limit: float
+    reason: str
+    at_least: bool = False
+
+    def passes(self, value: float) -> bool:
+        if math.isnan(value):
+            return False
+        return value >= self.limit if self.at_least else value <= self.limit
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number of a rung. `status` is PASS, FAIL, or RECORDED where there is nothing to demand."""
+
+    name: str
+    value: float
+    status: str
+    limit: float | None = None
+    at_least: bool = False
+    reason: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        entry = asdict(self)
+        if not math.isfinite(self.value):
+            entry["value"] = str(self.value)
+        return entry
+
+
+GATES: dict[str, Gate] = {
+    "L0.logits": Gate(2e-5, "two fp32 implementations of the same sums; measured 2e-6 to 7e-6"),
+    "L0.states": Gate(2e-5, "states feed every later token; measured up to 4e-6"),
+    "L0.vision": Gate(2e-5, "one pass, no recurrence; measured 8e-7"),
+    "L1.logits": Gate(1e-4, "fp32 on another runtime: other summation orders and exp; measured 3e-6"),
+    "L1.states": Gate(1e-4, "the same; a state wrong by one token or head is off by 1e-1 and more"),
+    "L1.vision": Gate(1e-4, "one pass in fp32; measured 6e-7"),
+    "L1.padding": Gate(1e-4, "garbage in padded rows must not reach logits; unmasked rows give 1e-1"),
+    "L2.mismatches": Gate(0, "the packer only moves codes and scales: every weight equal bit for bit"),
+    "L3.fp32.kl_mean": Gate(1e-6, "no quantisation: only fp32 rounding is left"),
+    "L3.fp32.sqnr_db": Gate(60, "no quantisation: relative error below 1e-3", at_least=True),
+    "L3.fp32.top1": Gate(1.0, "no quantisation: only ties may differ", at_least=True),
+    "L3.int8.kl_mean": Gate(0.02, "8 bits per channel and int8 activations: twice what tiny measures"),
+    "L3.int8.sqnr_db": Gate(20, "8 bits: 1 % of the logits' power is noise", at_least=True),
+    "L3.int8.top1": Gate(0.95, "one decided token in twenty may change", at_least=True),
+    "L3.int4.kl_mean": Gate(0.15, "4 bits in groups: a coherent model; nonsense starts near 1 nat"),
+    "L3.int4.sqnr_db": Gate(10, "4 bits: 10 % of the logits' power is noise", at_least=True),
+    "L3.int4.top1": Gate(0.85, "one decided token in seven may change", at_least=True),
+    "L3.fp32.task_drop": Gate(0.0, "points of task accuracy lost without quantisation: none"),
+    "L3.int8.task_drop": Gate(1.0, "points of task accuracy lost to int8 (demand 5.3)"),
+    "L3.int4.task_drop": Gate(3.0, "points of task accuracy lost to int4 (demand 5.3)"),
+    "L3.drift": Gate(4.0, "KL of the last quarter of 512 decode steps over that of the first quarter"),
+    "L3.chunking": Gate(
+        0.05, "the same prompt cut otherwise: int8 activations are quantised per row, so little changes"
+    ),
+}
+
+
+def check(name: str, value: float, gate: str | None = None, gated: bool = True) -> Check:
+    """Hold a value against its gate; `gated` False records it with the gate beside it."""
+    key = gate or name
+    if key not in GATES:
+        return Check(name, float(value), "RECORDED")
+    rule = GATES[key]
+    status = "RECORDED" if not gated else "PASS" if rule.passes(float(value)) else "FAIL"
+    return Check(name, float(value), status, rule.limit, rule.at_least, rule.reason)
+
+
+def failed(checks: Iterable[Check]) -> list[Check]:
+    return [c for c in checks if c.status == "FAIL"]

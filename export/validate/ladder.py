@@ -1,0 +1,378 @@
+"""L0 to L3: where did an error enter?
+
+Every rung is a function from a `Case` to a `Rung` and can be run alone. The same functions serve the
+export, `python -m export validate` and the tests, whose deliberately wrong lowerings must fail here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.chat.conversation import Contract, Conversation, chunks, join_logits
+from export.checkpoint.base import Checkpoint
+from export.checkpoint.weights import Weights
+from export.model import state
+from export.model.config import FULL, ModelConfig
+from export.model.positions import splice
+from export.quantize.quantizer import Quantizer
+from export.quantize.recipe import Recipe
+from export.validate import metrics, reference
+from export.validate.gates import Check, check, failed
+from export.validate.probe import Probe, make_probe
+from targets.base import Job, Session, Target
+
+RUNGS = ("L0", "L1", "L2", "L3")
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass
+class Rung:
+    """Outcome of one rung: its checks, and series for the plots of the report."""
+
+    name: str
+    checks: list[Check]
+    series: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def status(self) -> str:
+        return "FAIL" if failed(self.checks) else "PASS"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"status": self.status, "checks": [c.as_json() for c in self.checks], "series": self.series}
+
+
+@dataclass
+class Case:
+    """One bundle (finished or still `.partial`) with the checkpoint it came from."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    recipe: Recipe
+    target: Target
+    folder: Path
+    manifest: Mapping[str, Any]
+    threads: int
+    tokens: int = 96
+    """Length of the probe; the first half is prefilled, the rest decoded."""
+    drift_steps: int = 0
+    """Decode steps of the drift check; 0 leaves it out."""
+    gate_quality: bool = True
+    """False for random weights, whose L3 says nothing about a real model."""
+    task: Callable[[Any], dict[str, float]] | None = None
+    """Task accuracy of a generate function, where the checkpoint has a task."""
+    task_reference: dict[str, float] | None = None
+    """Accuracies of the fp32 model, if known already."""
+
+    @cached_property
+    def weights(self) -> Weights:
+        return Weights(self.checkpoint, self.config)
+
+    @cached_property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        return tuple((h, w) for h, w in self.manifest["image_sizes"])
+
+    @cached_property
+    def prefill_lengths(self) -> tuple[int, ...]:
+        return tuple(self.manifest["prefill_lengths"])
+
+    @cached_property
+    def probe(self) -> Probe:
+        limit = min(self.tokens, int(self.manifest["context_length"]))
+        return make_probe(self.config, limit, self.image_sizes)
+
+    @cached_property
+    def plan(self) -> list[tuple[int | None, int]]:
+        """Half of the probe in chunks, its last chunk padded, then one token at a time."""
+        return make_plan(len(self.probe.ids), self.prefill_lengths)
+
+    @cached_property
+    def embedded(self) -> NDArray[np.float32]:
+        """Rows [T, D] from transformers' embedding and vision tower."""
+        rows = reference.embed(self.checkpoint, self.probe.ids)
+        images = [reference.hf_vision(self.checkpoint, self.config, image) for image in self.probe.images]
+        return np.asarray(splice(rows, self.probe.ids, self.config.image_token_id, images), np.float32)
+
+    @cached_property
+    def truth(self) -> tuple[NDArray[np.float32], Arrays]:
+        """transformers' fp32 logits [T, V] and final states on the probe."""
+        return reference.hf_sequence(self.checkpoint, self.config, self.embedded, self.probe.positions)
+
+
+def make_plan(tokens: int, lengths: tuple[int, ...]) -> list[tuple[int | None, int]]:
+    prefill = max(1, tokens // 2 + 3)
+    steps: list[tuple[int | None, int]] = list(chunks(min(prefill, tokens), lengths))
+    return steps + [(None, 1)] * (tokens - min(prefill, tokens))
+
+
+def state_errors(config: ModelConfig, truth: Arrays, states: Arrays, tokens: int) -> dict[str, float]:
+    """Relative error of each state; KV caches over the rows written so far."""
+    errors = {}
+    for name, expected in truth.items():
+        got = states[name]
+        if name.startswith(("key", "value")):
+            expected, got = expected[:, :tokens], got[:, :tokens]
+        errors[name] = metrics.relative(expected, got)
+    return errors
+
+
+def canonical(config: ModelConfig, states: Mapping[str, NDArray[Any]]) -> Arrays:
+    """A bundle's states in the shapes of `export.model.state`: no batch, conv as [Ch, K-1]."""
+    shapes = {s.name: s for s in state.layout(config.text, 1)}
+    result: Arrays = {}
+    for name, array in states.items():
+        wanted = shapes[name]
+        plain = array.reshape(array.shape[-len(wanted.shape) :])
+        if wanted.kind == "conv" and plain.shape != wanted.shape:
+            plain = plain.T
+        result[name] = plain
+    return result
+
+
+def l0(case: Case) -> Rung:
+    """Our modules in PyTorch fp32 against transformers: logits of every token and every state."""
+    truth, true_states = case.truth
+    rows_needed = state.cache_rows(len(case.probe.ids), case.prefill_lengths)
+    rows = reference.embed(case.checkpoint, case.probe.ids)
+    images = [reference.own_vision(case.weights, image) for image in case.probe.images]
+    rows = splice(rows, case.probe.ids, case.config.image_token_id, images)
+    logits, states = reference.own_sequence(
+        case.weights, rows, case.probe.positions, case.plan, rows_needed
+    )
+    errors = state_errors(case.config, true_states, states, len(case.probe.ids))
+    checks = [
+        check("L0.logits", metrics.relative(truth, logits)),
+        check("L0.states", max(errors.values())),
+    ]
+    if images:
+        expected = [reference.hf_vision(case.checkpoint, case.config, i) for i in case.probe.images]
+        worst = max(metrics.relative(a, b) for a, b in zip(expected, images, strict=True))
+        checks.append(check("L0.vision", worst))
+    return Rung("L0", checks, {"states": errors})
+
+
+def replay(
+    session: Session, rows: NDArray[Any], positions: NDArray[Any], plan: list[tuple[int | None, int]], junk: float
+) -> list[NDArray[np.float32]]:
+    """Run a plan on a session; logits [V] after each call. Padded rows are filled with `junk`."""
+    session.reset()
+    results = []
+    for first, length, valid in reference.pieces(len(rows), plan):
+        size = length or 1
+        chunk = np.full((1, size, rows.shape[1]), junk, np.float32)
+        chunk[0, :valid] = rows[first : first + valid]
+        places = np.zeros((3, size), np.int32)
+        places[:, :valid] = positions[:, first : first + valid]
+        inputs = {"embeddings": chunk, "position_ids": places, "start": np.asarray([first], np.int32)}
+        if length is not None:
+            inputs["valid"] = np.asarray([valid], np.int32)
+        outputs = session.run("decode" if length is None else f"prefill_{length}", inputs)
+        results.append(join_logits(outputs))
+    return results
+
+
+def shallow(config: ModelConfig, parameters_limit: int = 150_000_000) -> ModelConfig:
+    """The first layers holding one of each kind, unless the whole model is small enough."""
+    text = config.text
+    if text.vocab_size * text.hidden_size + text.num_hidden_layers * 12 * text.hidden_size**2 < parameters_limit:
+        return config
+    first_full = text.layer_types.index(FULL) + 1 if FULL in text.layer_types else 1
+    return config.truncated(min(first_full, text.num_hidden_layers))
+
+
+def l1(case: Case) -> Rung:
+    """The lowered program without quantisation on its runtime against our modules."""
+    config = shallow(case.config)
+    weights = Weights(case.checkpoint, config)
+    quantizer = Quantizer(weights, Recipe.unquantised())
+    probe, plan = case.probe, case.plan
+    rows = case.embedded
+    context = len(probe.ids)
+    with tempfile.TemporaryDirectory(prefix="l1-", dir=case.folder.parent) as scratch:
+        folder = Path(scratch)
+        lowered = case.target.lower(
+            Job(config, quantizer, context, case.prefill_lengths, case.image_sizes, folder)
+        )
+        manifest = {
+            **case.manifest,
+            "signatures": lowered.signatures,
+            "states": lowered.states,
+            "context_length": context,
+        }
+        session = case.target.open(folder, manifest, case.threads)
+        return compare_lowered(session, weights, probe, plan, rows, case.prefill_lengths)
+
+
+def compare_lowered(
+    session: Session,
+    weights: Weights,
+    probe: Probe,
+    plan: list[tuple[int | None, int]],
+    rows: NDArray[np.float32],
+    prefill_lengths: tuple[int, ...],
+) -> Rung:
+    """L1 on an open session: logits and states, padding, vision, embedding."""
+    config = weights.config
+    expected, states = reference.own_sequence(
+        weights, rows, probe.positions, plan, state.cache_rows(len(rows), prefill_lengths)
+    )
+    ends = [first + valid - 1 for first, _, valid in reference.pieces(len(rows), plan)]
+    logits = np.stack(replay(session, rows, probe.positions, plan, junk=0.0))
+    errors = state_errors(config, states, canonical(config, session.states()), len(rows))
+    padded = np.stack(replay(session, rows, probe.positions, plan, junk=30.0))
+    checks = [
+        check("L1.logits", metrics.relative(expected[ends], logits)),
+        check("L1.states", max(errors.values())),
+        check("L1.padding", metrics.relative(logits, padded)),
+    ]
+    embedded = session.run("embed", {"input_ids": np.asarray([probe.ids], np.int64)})["embeddings"]
+    plain = reference.embed(weights.checkpoint, probe.ids)
+    checks.append(check("L1.embed", metrics.relative(plain, embedded[0]), "L1.logits"))
+    worst = 0.0
+    for image in probe.images:
+        ours = reference.own_vision(weights, image)
+        name = f"vision_{image.shape[1]}x{image.shape[2]}"
+        theirs = session.run(name, {"image": image[None]})["image_embeddings"][0]
+        worst = max(worst, metrics.relative(ours, theirs))
+    if probe.images:
+        checks.append(check("L1.vision", worst))
+    series = {"states": errors, "logits": _row_errors(expected[ends], logits), "rows": ends}
+    return Rung("L1", checks, series)
+
+
+def _row_errors(a: NDArray[Any], b: NDArray[Any]) -> list[float]:
+    return [metrics.relative(x, y) for x, y in zip(a, b, strict=True)]
+
+
+def l2(case: Case) -> Rung:
+    """The artifact's dequantised weights against the quantiser's reference, bit for bit."""
+    quantizer = Quantizer(case.weights, case.recipe)
+    compared, wrong, names = 0, 0, []
+    for name, rows in case.target.stored_weights(case.folder, case.manifest, quantizer):
+        start, block = rows
+        expected = quantizer.reference_rows(name, start, start + len(block))
+        different = int((expected != block).sum())
+        compared += block.size
+        wrong += different
+        if different and name not in names:
+            names.append(name)
+    missing = 0 if compared else 1
+    checks = [check("L2.mismatches", wrong + missing), Check("L2.weights", compared, "RECORDED")]
+    return Rung("L2", checks, {"wrong": names})
+
+
+def l3(case: Case) -> Rung:
+    """The shipped artifact on its runtime against transformers fp32."""
+    truth, true_states = case.truth
+    session = case.target.open(case.folder, case.manifest, case.threads)
+    contract = Contract.of(case.manifest)
+    probe = case.probe
+    rows = np.asarray(session.run("embed", {"input_ids": np.asarray([probe.ids], np.int64)})["embeddings"][0])
+    images = [
+        session.run(f"vision_{i.shape[1]}x{i.shape[2]}", {"image": i[None]})["image_embeddings"][0]
+        for i in probe.images
+    ]
+    rows = splice(rows, probe.ids, contract.image_token_id, images)
+    ends = [first + valid - 1 for first, _, valid in reference.pieces(len(rows), case.plan)]
+    logits = np.stack(replay(session, rows, probe.positions, case.plan, junk=0.0))
+    errors = state_errors(case.config, true_states, canonical(case.config, session.states()), len(rows))
+    kind = quality(case.recipe)
+    wanted = truth[ends]
+    kl = metrics.kl(wanted, logits)
+    agree = metrics.agreement(wanted, logits)
+
+    def quality_check(name: str, value: float) -> Check:
+        return check(f"L3.{name}", value, f"L3.{kind}.{name}", case.gate_quality)
+
+    checks = [
+        quality_check("kl_mean", float(kl.mean())),
+        check("L3.kl_p99", float(np.quantile(kl, 0.99))),
+        check("L3.kl_worst", float(kl.max())),
+        quality_check("sqnr_db", metrics.sqnr_db(wanted, logits)),
+        quality_check("top1", agree.top1),
+        check("L3.top5", agree.top5),
+        check("L3.ambiguous", agree.ambiguous),
+        check("L3.states", max(errors.values())),
+    ]
+    again: list[tuple[int | None, int]] = [(None, 1)] * len(rows)
+    stepwise = replay(session, rows, probe.positions, again, junk=0.0)[-1]
+    checks.append(
+        check("L3.chunking", float(metrics.kl(logits[-1:], stepwise[None])[0]), gated=case.gate_quality)
+    )
+    series: dict[str, Any] = {"kl": [float(x) for x in kl], "rows": ends, "states": errors}
+    if case.drift_steps:
+        checks += _drift(case, session, series)
+    if case.task is not None:
+        checks += _task(case, session, contract, quality_check, series)
+    session.close()
+    return Rung("L3", checks, series)
+
+
+def _drift(case: Case, session: Session, series: dict[str, Any]) -> list[Check]:
+    """KL over many teacher-forced decode steps: does the recurrent state wander off?"""
+    steps = min(case.drift_steps, int(case.manifest["context_length"]))
+    probe = make_probe(case.config, steps, (), seed=1)
+    rows = reference.embed(case.checkpoint, probe.ids)
+    truth, _ = reference.hf_sequence(case.checkpoint, case.config, rows, probe.positions)
+    logits = np.stack(replay(session, rows, probe.positions, [(None, 1)] * steps, junk=0.0))
+    kl = metrics.kl(truth, logits)
+    quarter = steps // 4
+    ratio = float(kl[-quarter:].mean() / max(kl[:quarter].mean(), 1e-9))
+    series["drift_kl"] = [float(x) for x in kl]
+    return [check("L3.drift", ratio, gated=case.gate_quality), check("L3.drift_kl_mean", float(kl.mean()))]
+
+
+def _task(
+    case: Case,
+    session: Session,
+    contract: Contract,
+    quality_check: Callable[[str, float], Check],
+    series: dict[str, Any],
+) -> list[Check]:
+    """Exact answers on the checkpoint's own task, fp32 PyTorch beside the bundle."""
+    from export.model.session import Model, TorchSession
+
+    assert case.task is not None
+    if case.task_reference is None:
+        own = TorchSession(Model.load(case.weights), contract.context_length, contract.prefill_lengths)
+        case.task_reference = case.task(generator(own, contract))
+    scores = case.task(generator(session, contract))
+    series["task"] = {"reference": case.task_reference, "bundle": scores}
+    drops = [100 * (case.task_reference[name] - score) for name, score in scores.items()]
+    checks = [quality_check("task_drop", float(np.mean(drops)))]
+    checks += [check(f"L3.task.{name}", score) for name, score in scores.items()]
+    return checks
+
+
+def generator(session: Any, contract: Contract) -> Callable[[list[NDArray[Any]], list[int]], list[int]]:
+    """The `generate(images, ids)` that task metrics call: greedy, a fresh conversation each time."""
+    conversation = Conversation(session, contract)
+
+    def generate(images: list[NDArray[Any]], ids: list[int]) -> list[int]:
+        conversation.reset()
+        return conversation.generate(ids, images, max_new_tokens=32)
+
+    return generate
+
+
+def quality(recipe: Recipe) -> str:
+    """Which row of the gates a recipe is held to: that of its narrowest weights."""
+    bits = min(setting.bits for setting in recipe.roles.values())
+    return "int4" if bits <= 4 else "int8" if bits <= 8 else "fp32"
+
+
+def climb(case: Case, rungs: tuple[str, ...] = RUNGS, on_rung: Callable[[str], None] = lambda r: None) -> list[Rung]:
+    """Run the rungs in order; all of them, so that the report shows where an error entered."""
+    steps: dict[str, Callable[[Case], Rung]] = {"L0": l0, "L1": l1, "L2": l2, "L3": l3}
+    results = []
+    for name in rungs:
+        on_rung(name)
+        results.append(steps[name](case))
+    return results

@@ -1,0 +1,71 @@
+"""The fixed, seeded sequence every rung runs: text, a picture, text, a second picture, text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.model.config import ModelConfig
+from export.model.positions import PositionCounter
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Token ids (image tokens expanded), their positions [3, T], pictures [3, H, W] in 0…1."""
+
+    ids: list[int]
+    positions: NDArray[np.int32]
+    images: list[NDArray[np.float32]]
+
+
+def make_probe(
+    config: ModelConfig,
+    tokens: int,
+    image_sizes: tuple[tuple[int, int], ...],
+    seed: int = 0,
+    text: list[int] | None = None,
+) -> Probe:
+    """A sequence of exactly `tokens` tokens. `text` supplies its words (repeated); else seeded random ids.
+
+    Two pictures are used where they fit: one in the first third, a second one later, so that a mistake in
+    what an image leaves behind shows in the text after it.
+    """
+    random = np.random.default_rng(seed)
+    special = {config.image_token_id, config.vision_start_token_id, config.vision_end_token_id}
+    if text:
+        words = [text[i % len(text)] for i in range(tokens)]
+    else:
+        allowed = [i for i in range(min(config.text.vocab_size, 2**16)) if i not in special]
+        words = [int(i) for i in random.choice(allowed, tokens)]
+    ids: list[int] = []
+    images: list[NDArray[np.float32]] = []
+    grids = []
+    if config.vision is not None:
+        side = config.vision.pixels_per_token
+        for turn, (height, width) in enumerate((list(image_sizes) * 2)[:2]):
+            count = (height // side) * (width // side)
+            lead = max(3, tokens // 8) if turn == 0 else max(3, tokens // 6)
+            if len(ids) + lead + count + 3 > tokens:
+                break
+            ids += words[len(ids) : len(ids) + lead]
+            ids += [config.vision_start_token_id, *[config.image_token_id] * count, config.vision_end_token_id]
+            images.append(_picture(random, height, width))
+            grids.append((height // side, width // side))
+    ids += words[len(ids) : tokens]
+    positions = PositionCounter().prompt(ids, config.image_token_id, grids)
+    return Probe(ids, positions, images)
+
+
+def _picture(random: Any, height: int, width: int) -> NDArray[np.float32]:
+    """Smooth colours with edges: closer to a photograph than noise, and different in every patch."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    waves = [
+        0.5 + 0.5 * np.sin(x * random.uniform(0.02, 0.3) + y * random.uniform(0.02, 0.3) + c) for c in range(3)
+    ]
+    picture = np.stack(waves)
+    top, left = int(random.integers(height // 2)), int(random.integers(width // 2))
+    picture[:, top : top + height // 3, left : left + width // 3] = random.uniform(0, 1, (3, 1, 1))
+    return picture.astype(np.float32)

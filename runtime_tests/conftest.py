@@ -1,0 +1,139 @@
+"""Shared fixtures: small random checkpoints of the true architecture, kept in memory."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from export.model.config import ModelConfig
+
+BASE: dict[str, Any] = {
+    "model_type": "qwen3_5",
+    "image_token_id": 5,
+    "video_token_id": 8,
+    "vision_start_token_id": 6,
+    "vision_end_token_id": 7,
+    "tie_word_embeddings": True,
+    "text_config": {
+        "model_type": "qwen3_5_text",
+        "vocab_size": 64,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [3, 3, 2],
+            "mrope_interleaved": True,
+        },
+    },
+    "vision_config": {
+        "model_type": "qwen3_5_vision",
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_heads": 4,
+        "out_hidden_size": 128,
+        "num_position_embeddings": 64,
+    },
+}
+
+
+class MemoryCheckpoint:
+    """A checkpoint held in memory: transformers' own initialisation, made lively by noise."""
+
+    preprocessor = None
+
+    def __init__(self, config: dict[str, Any], seed: int = 0) -> None:
+        from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+        self.config = config
+        self.source = {"kind": "random", "id": "memory", "revision": None, "seed": seed}
+        torch.manual_seed(seed)
+        model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(**copy.deepcopy(config))).eval()
+        self.hf = model
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in model.state_dict().items():
+            # Fresh norms and biases are all ones or zeros; noise makes a swapped or missing one visible.
+            if tensor.ndim == 1 or "weight" in name:
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+            self.tensors[name] = tensor
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return ModelConfig.from_dict(self.config)
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        return self.tensors[name][start:stop].float().clone()
+
+    def sidecar(self, name: str) -> Path | None:
+        return None
+
+    def content_key(self) -> str:
+        return f"memory:{self.source['seed']}"
+
+
+def variant(**changes: Any) -> dict[str, Any]:
+    """BASE with fields of text_config replaced; `vision` and `tied` reach the other places."""
+    config = copy.deepcopy(BASE)
+    config["vision_config"].update(changes.pop("vision", {}))
+    if "tied" in changes:
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = changes.pop("tied")
+    rope = changes.pop("rope", {})
+    config["text_config"]["rope_parameters"].update(rope)
+    config["text_config"].update(changes)
+    config["vision_config"]["out_hidden_size"] = config["text_config"]["hidden_size"]
+    return config
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "base": variant(),
+    "equal-heads-untied": variant(
+        linear_num_key_heads=4, linear_num_value_heads=4, tied=False, intermediate_size=160, num_hidden_layers=4
+    ),
+    "wide-values-3-layers": variant(
+        linear_num_value_heads=8, linear_value_head_dim=16, num_hidden_layers=3, hidden_size=96
+    ),
+    "head-dim-128-7-layers": variant(
+        head_dim=128,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_hidden_layers=7,
+        linear_key_head_dim=64,
+        rope={"mrope_section": [6, 5, 5]},
+        vision={"hidden_size": 96, "num_heads": 2, "num_position_embeddings": 144, "depth": 1},
+    ),
+    "no-gqa-6-layers": variant(
+        num_key_value_heads=4, num_hidden_layers=6, head_dim=32, rope={"mrope_section": [2, 1, 1]}
+    ),
+}
+
+
+@pytest.fixture(scope="session", params=list(VARIANTS))
+def checkpoint(request: pytest.FixtureRequest) -> MemoryCheckpoint:
+    return MemoryCheckpoint(VARIANTS[request.param])
+
+
+@pytest.fixture(scope="session")
+def small() -> MemoryCheckpoint:
+    return MemoryCheckpoint(VARIANTS["base"])
