@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 class ExportError(Exception):
@@ -22,3 +23,37 @@ class GateError(ExportError):
     """The bundle was written but a check of the ladder failed."""
 
     exit_code = 3
+
+
+@dataclass(frozen=True)
+class ExportSpec:
+    """Everything an export depends on. Two equal specs give the same bundle, byte for byte."""
+
+    target: str
+    size: str
+    base: bool = False
+    checkpoint: str | None = None
+    """None: the size's hub id, or the shipped tiny; else "random", a folder or a hub id."""
+    revision: str | None = None
+    seed: int = 0
+    recipe: str = "int4"
+    group_size: int | None = None
+    context_length: int = 1024
+    prefill_lengths: tuple[int, ...] = (64, 512)
+    image_sizes: tuple[tuple[int, int], ...] = ((448, 448),)
+    """Height × width in pixels."""
+    vision: bool = True
+    num_layers: int | None = None
+    output: Path = Path("bundle")
+    overwrite: bool = False
+    resume: bool = False
+    skip_validation: bool = False
+    threads: int = 2
+    profile: str = "cpu"
+
+    def build_key(self) -> dict[str, Any]:
+        """The fields that decide the bundle's bytes, for `--resume`."""
+        fields = asdict(self)
+        for name in ("output", "overwrite", "resume", "threads", "skip_validation"):
+            del fields[name]
+        return fields

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
+from torch import Tensor
 
 from export.model.config import ModelConfig
 from export.quantize.quantizer import Quantizer
 
 Arrays = dict[str, NDArray[Any]]
+Rows = tuple[int, Tensor]
+"""First row, float32 rows [r, K]."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class Lowered:
 class Session(Protocol):
     """A bundle loaded on its runtime; one conversation at a time."""
 
+    load_seconds: float
+    """Time spent loading files into the runtime so far."""
+
     def run(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """Run one signature of the manifest with the contract's names, shapes and dtypes."""
         ...
@@ -91,4 +97,14 @@ class Target(Protocol):
 
     def open(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> Session:
         """Load a finished bundle."""
+        ...
+
+    def stored_weights(
+        self, folder: Path, manifest: Mapping[str, Any], quantizer: Quantizer
+    ) -> Iterator[tuple[str, Rows]]:
+        """Every weight of the finished files, dequantised as the runtime will: the input of L2."""
+        ...
+
+    def decode_bytes(self, folder: Path, manifest: Mapping[str, Any]) -> int:
+        """Bytes that one decode step must read: weights, and states that are read whole."""
         ...

@@ -1,0 +1,48 @@
+"""Where weights come from: a hub id, a folder, random numbers, or the shipped tiny checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from export.checkpoint.base import Checkpoint, CheckpointError
+from export.sizes import TINY, check_size, get_size, hub_id, shipped_tiny
+from export.spec import ExportSpec
+
+__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
+
+
+def open_checkpoint(spec: ExportSpec) -> Checkpoint:
+    """Open what `--checkpoint`, `--size`, `--base` and `--revision` name; no weight is read yet.
+
+    Raises:
+        CheckpointError: it cannot be found or trusted. UsageError: it is of another size.
+    """
+    from export.checkpoint.folder import FolderCheckpoint
+    from export.checkpoint.names import check
+    from export.checkpoint.random import RandomCheckpoint
+
+    if spec.checkpoint == "random":
+        config = get_size(spec.size).config
+        tiny = shipped_tiny() if spec.size == TINY else None
+        if config is None and tiny is not None:
+            config = FolderCheckpoint(tiny).config
+        if config is None:
+            raise CheckpointError(f"--size {spec.size}: no config to draw random weights for")
+        return RandomCheckpoint(config, spec.seed, label=spec.size, sidecars=tiny)
+    checkpoint: Checkpoint
+    if spec.checkpoint is None and spec.size == TINY:
+        checkpoint = FolderCheckpoint(shipped_tiny(), {"kind": "path", "id": "tiny", "revision": None, "seed": None})
+    elif spec.checkpoint is not None and (Path(spec.checkpoint).exists() or not _is_hub_id(spec.checkpoint)):
+        checkpoint = FolderCheckpoint(spec.checkpoint)
+    else:
+        from export.checkpoint.hub import open_hub
+
+        checkpoint = open_hub(spec.checkpoint or hub_id(spec.size, spec.base), spec.revision)
+    check_size(spec.size, checkpoint.config)
+    check(checkpoint)
+    return checkpoint
+
+
+def _is_hub_id(text: str) -> bool:
+    """"org/name" with no further slash and no leading dot, slash or tilde."""
+    return text.count("/") == 1 and text[0] not in "./~" and not text.endswith("/")

@@ -47,6 +47,7 @@ class TorchSession:
     def __init__(self, model: Model, context_length: int, prefill_lengths: tuple[int, ...]) -> None:
         self.model = model
         self.config = model.config
+        self.load_seconds = 0.0
         self.context_length = context_length
         self.prefill_lengths = prefill_lengths
         self.rows = state.cache_rows(context_length, prefill_lengths)

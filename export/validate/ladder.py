@@ -255,11 +255,10 @@ def l2(case: Case) -> Rung:
     """The artifact's dequantised weights against the quantiser's reference, bit for bit."""
     quantizer = Quantizer(case.weights, case.recipe)
     compared, wrong, names = 0, 0, []
-    for name, rows in case.target.stored_weights(case.folder, case.manifest, quantizer):
-        start, block = rows
-        expected = quantizer.reference_rows(name, start, start + len(block))
+    for name, (start, block) in case.target.stored_weights(case.folder, case.manifest, quantizer):
+        expected = quantizer.reference_rows(name, start, start + len(block)).reshape(block.shape)
         different = int((expected != block).sum())
-        compared += block.size
+        compared += block.numel()
         wrong += different
         if different and name not in names:
             names.append(name)

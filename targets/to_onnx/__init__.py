@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from targets.base import Capabilities, Job, Lowered, Session
+from export.quantize.quantizer import Quantizer
+from targets.base import Capabilities, Job, Lowered, Rows, Session
 
 
 class OnnxTarget:
@@ -28,6 +29,18 @@ class OnnxTarget:
         from targets.to_onnx.session import OnnxSession
 
         return OnnxSession(folder, manifest, threads)
+
+    def stored_weights(
+        self, folder: Path, manifest: Mapping[str, Any], quantizer: Quantizer
+    ) -> Iterator[tuple[str, Rows]]:
+        from targets.to_onnx.stored import stored_weights
+
+        return stored_weights(folder, manifest, quantizer)
+
+    def decode_bytes(self, folder: Path, manifest: Mapping[str, Any]) -> int:
+        from targets.to_onnx.stored import decode_bytes
+
+        return decode_bytes(folder, manifest)
 
 
 TARGET = OnnxTarget()

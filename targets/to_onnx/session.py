@@ -6,6 +6,7 @@ the manifest says `in_place`; the others keep two and swap after each call.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class OnnxSession:
         self._sessions: dict[str, ort.InferenceSession] = {}
         self._buffers: dict[str, _Buffers] = {}
         self._turn = 0
+        self.load_seconds = 0.0
         in_place = self._in_place()
         for state in manifest["states"]:
             count = 1 if in_place.get(state["name"], False) else 2
@@ -66,6 +68,7 @@ class OnnxSession:
             options.inter_op_num_threads = 1
             options.log_severity_level = 3
             options.enable_mem_pattern = False
+            begin = time.perf_counter()
             try:
                 self._sessions[file] = ort.InferenceSession(
                     str(self._folder / file), options, providers=["CPUExecutionProvider"]
@@ -75,6 +78,7 @@ class OnnxSession:
                     f"onnxruntime {ort.__version__} cannot load {file}: {str(error).splitlines()[0]}; "
                     f"the bundle needs onnxruntime >= {self._manifest['target']['min_version']}"
                 ) from error
+            self.load_seconds += time.perf_counter() - begin
         return self._sessions[file]
 
     def run(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:

@@ -1,0 +1,124 @@
+"""Tokenizer and chat template of a bundle: copied from the checkpoint, tested messages beside them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from export.bundle.writer import BundleWriter
+from export.checkpoint.base import Checkpoint
+from export.model.config import ModelConfig
+from export.spec import ExportError
+
+FILES = {
+    "tokenizer.json": "tokenizer",
+    "tokenizer_config.json": "tokenizer",
+    "chat_template.jinja": "chat_template",
+    "generation_config.json": "generation",
+    "preprocessor_config.json": "preprocessor",
+}
+PUBLISHED_STOPS = (248046, 248044)
+"""<|im_end|> and <|endoftext|> of the published vocabulary, for weights that come without a tokenizer."""
+
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CONVERSATIONS: dict[str, dict[str, Any]] = {
+    "plain": {"messages": [{"role": "user", "content": "What is 12 + 30?"}]},
+    "system": {
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
+    },
+    "turns": {
+        "messages": [
+            {"role": "user", "content": "Hello"},
+            {"role": "assistant", "content": "Hi."},
+            {"role": "user", "content": "What is 1 + 1?"},
+        ],
+    },
+    "image": {
+        "messages": [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is written?"}]}
+        ]
+    },
+    "thinking": {"messages": [{"role": "user", "content": "Hello"}], "enable_thinking": True},
+    "no-thinking": {"messages": [{"role": "user", "content": "Hello"}], "enable_thinking": False},
+    "tools": {"messages": [{"role": "user", "content": "Weather in Paris?"}], "tools": [TOOL]},
+}
+
+
+def write_tokenizer(checkpoint: Checkpoint, config: ModelConfig, writer: BundleWriter) -> dict[str, Any]:
+    """Copy tokenizer files, write chat_tests.json; returns `tokenizer` of the manifest."""
+    copied = []
+    for name, role in FILES.items():
+        source = checkpoint.sidecar(name)
+        if source is not None:
+            shutil.copyfile(source, writer.add(name, role))
+            copied.append(name)
+    template = "chat_template.jinja" if "chat_template.jinja" in copied else None
+    if template and "tokenizer.json" in copied:
+        writer.add_json("chat_tests.json", "chat_tests", chat_tests(writer.path))
+    return {
+        "files": [name for name in copied if name.startswith("tokenizer")],
+        "chat_template": template,
+        "stop_token_ids": stop_ids(checkpoint, config),
+        "special_token_ids": {
+            "image": config.image_token_id,
+            "vision_start": config.vision_start_token_id,
+            "vision_end": config.vision_end_token_id,
+        },
+    }
+
+
+def stop_ids(checkpoint: Checkpoint, config: ModelConfig) -> list[int]:
+    """Stop tokens from generation_config.json: the tokenizer's eos alone would miss one.
+
+    Raises:
+        ExportError: a tokenizer without generation_config.json, or one that names no stop token.
+    """
+    path = checkpoint.sidecar("generation_config.json")
+    if path is None:
+        if checkpoint.sidecar("tokenizer.json") is None:
+            return [i for i in PUBLISHED_STOPS if i < config.text.vocab_size]
+        raise ExportError(
+            "the checkpoint has a tokenizer but no generation_config.json, which names the stop tokens; "
+            "add the published one, or generation would never stop"
+        )
+    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    ids = [found] if isinstance(found, int) else list(found or [])
+    if not ids:
+        raise ExportError("generation_config.json names no eos_token_id; add the published stop tokens")
+    return [int(i) for i in ids]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a bundle or checkpoint folder; no remote code, no network."""
+    from transformers import AutoTokenizer
+
+    if not (folder / "tokenizer.json").exists():
+        raise ExportError(f"{folder} has no tokenizer.json (random weights have none); nothing to talk with")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+    """Messages -> token ids with the generation prompt; image tokens single, as the template writes them."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def chat_tests(folder: Path) -> list[dict[str, Any]]:
+    """Messages -> token ids, for the apps' own template renderers and tokenizers."""
+    tokenizer = load_tokenizer(folder)
+    entries = []
+    for name, case in CONVERSATIONS.items():
+        options = {key: value for key, value in case.items() if key != "messages"}
+        ids = render(tokenizer, case["messages"], **options)
+        entries.append({"name": name, **case, "add_generation_prompt": True, "token_ids": ids})
+    return entries

@@ -1,0 +1,36 @@
+"""Checkpoints from a hub: resumable downloads by huggingface_hub, then a folder like any other."""
+
+from __future__ import annotations
+
+from export.checkpoint.base import CheckpointError
+from export.checkpoint.folder import FolderCheckpoint
+
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
+"""Never pickles, never code."""
+
+
+def open_hub(name: str, revision: str | None) -> FolderCheckpoint:
+    """Download (or find in the cache) a repository and open it. The library honours HF_ENDPOINT and HF_HOME.
+
+    Raises:
+        CheckpointError: no network, no such repository or revision, or a gated one.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    remedy = "give a local folder with --checkpoint PATH, or --checkpoint random for random weights"
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=PATTERNS)
+    except GatedRepoError as error:
+        raise CheckpointError(f"{name} is gated; log in with `hf auth login`, or {remedy}") from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"{name} has no revision {revision!r}; choose another --revision") from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(f"the hub has no repository {name}; {remedy}") from error
+    except Exception as error:  # the library raises many kinds for one cause: the hub cannot be reached
+        raise CheckpointError(
+            f"cannot download {name}: no connection to the hub ({type(error).__name__}) and it is not in the "
+            f"cache; {remedy}"
+        ) from error
+    commit = folder.rstrip("/").rsplit("/", 1)[-1]
+    return FolderCheckpoint(folder, {"kind": "hub", "id": name, "revision": commit, "seed": None})

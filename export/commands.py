@@ -1,0 +1,267 @@
+"""What the commands do and print: results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+
+from export.bundle.reader import Bundle
+from export.bundle.writer import BundleWriter
+from export.progress import Reporter
+from export.spec import ExportSpec, UsageError
+
+
+def export(spec: ExportSpec, options: argparse.Namespace) -> int:
+    """Build a bundle and print where it is."""
+    from export import pipeline
+
+    torch.set_num_threads(spec.threads)
+    reporter = Reporter(quiet=options.quiet or options.json)
+    result = pipeline.run(spec, reporter)
+    if options.json:
+        _print(
+            json.dumps(
+                {
+                    "bundle": str(result.path),
+                    "status": result.manifest["status"],
+                    "bytes": sum(f["bytes"] for f in result.manifest["files"]),
+                    "stages": reporter.as_json(),
+                }
+            )
+        )
+        return 0
+    if not options.quiet:
+        _print(reporter.table())
+    if result.report is not None:
+        _print(parity_table(result.report))
+        _print(f"report: {result.path / 'report.html'}")
+    _print(f"bundle: {result.path} ({result.manifest['status']})")
+    return 0
+
+
+def parity_table(report: dict[str, Any]) -> str:
+    """Every check of a report, one per line."""
+    from export.report.card import gate, number
+
+    lines = [f"{'check':<26}{'value':>12}  {'gate':<12}status"]
+    for rung in report["rungs"].values():
+        for check in rung["checks"]:
+            lines.append(f"{check['name']:<26}{number(check['value']):>12}  {gate(check):<12}{check['status']}")
+    return "\n".join(lines)
+
+
+def open_source(bundle: Bundle, checkpoint: str | None) -> Any:
+    """The checkpoint a bundle was made from: as its manifest says, or as the user does."""
+    from export.checkpoint import open_checkpoint
+
+    model = bundle.manifest["model"]
+    source = model["source"]
+    where = checkpoint
+    if where is None and source["kind"] == "random":
+        where = "random"
+    elif where is None and source["kind"] == "hub":
+        where = source["id"]
+    elif where is None and not (source["kind"] == "path" and source["id"] == "tiny"):
+        raise UsageError(f"the bundle was made from the folder {source['id']!r}; give it with --checkpoint PATH")
+    spec = ExportSpec(
+        target=bundle.manifest["target"]["name"],
+        size=model["size"],
+        base=model["variant"] == "base",
+        checkpoint=where,
+        revision=source.get("revision"),
+        seed=source.get("seed") or 0,
+    )
+    return open_checkpoint(spec)
+
+
+def model_config(bundle: Bundle, checkpoint: Any) -> Any:
+    """The checkpoint's config as the bundle uses it: layers and vision as exported."""
+    layers = {layer for s in bundle.manifest["states"] for layer in _as_list(s["layer"])}
+    config = checkpoint.model_config.truncated(max(layers) + 1)
+    return config if bundle.manifest["image_sizes"] else config.without_vision()
+
+
+def _as_list(layer: int | list[int]) -> list[int]:
+    return layer if isinstance(layer, list) else [layer]
+
+
+def recipe_of(manifest: dict[str, Any]) -> Any:
+    from export.quantize.recipe import Recipe, Setting
+
+    roles = {
+        role: Setting(s["bits"], s.get("group_size"), s.get("symmetric", True), s.get("method", "rtn"))
+        for role, s in manifest["quantization"]["roles"].items()
+    }
+    return Recipe(manifest["quantization"]["recipe"], roles)
+
+
+def validate(options: argparse.Namespace) -> int:
+    """Climb the ladder on a finished bundle; 3 when a gate fails."""
+    from export.validate import judge
+    from targets import load_target
+
+    torch.set_num_threads(options.threads)
+    bundle = Bundle.open(options.bundle)
+    reporter = Reporter(quiet=options.quiet or options.json)
+    checkpoint = open_source(bundle, options.checkpoint)
+    config = model_config(bundle, checkpoint)
+    report = judge.judge(
+        checkpoint,
+        config,
+        recipe_of(bundle.manifest),
+        load_target(bundle.manifest["target"]["name"]),
+        bundle.path,
+        bundle.manifest,
+        options.threads,
+        reporter.stage,
+        rungs=tuple(options.rung or judge.RUNGS),
+        with_latency=options.update or not options.rung,
+    )
+    if options.update:
+        update(bundle, report)
+    _print(json.dumps(report) if options.json else parity_table(report))
+    if not report["passed"]:
+        sys.stderr.write(f"error: gates failed: {'; '.join(judge.failures(report))}\n")
+        return 3
+    return 0
+
+
+def update(bundle: Bundle, report: dict[str, Any]) -> None:
+    """Replace the reports of a bundle: a copy is written beside it and takes its place when complete."""
+    import shutil
+
+    from export.report import card
+    from export.validate import judge
+
+    with BundleWriter(bundle.path, {"update": bundle.manifest["name"]}, overwrite=True, resume=False) as writer:
+        manifest = dict(bundle.manifest)
+        replaced = {"parity.json", "latency.json", "report.html", "README.md"}
+        for entry in manifest["files"]:
+            if entry["path"] not in replaced:
+                target = writer.add(entry["path"], entry["role"])
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(bundle.file(entry["path"]), target)
+        manifest["status"] = "validated" if report["passed"] else "unvalidated"
+        judge.write_reports(writer, manifest, report)
+        writer.add("README.md", "card").write_text(card.render(manifest, report), encoding="utf-8")
+        writer.commit(manifest, accepted=True)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Answer one or several user turns, streaming."""
+    from export.chat import pictures
+    from export.chat.conversation import Contract, Conversation
+    from export.chat.sampling import Sampling
+    from export.chat.template import load_tokenizer, render
+    from targets import load_target
+
+    bundle = Bundle.open(options.bundle, verify=False)
+    sampler = Sampling(options.temperature, options.top_k, options.top_p, options.seed).sampler()
+    tokenizer = load_tokenizer(bundle.path)
+    session = load_target(bundle.manifest["target"]["name"]).open(bundle.path, bundle.manifest, options.threads)
+    conversation = Conversation(session, Contract.of(bundle.manifest))
+    images = [pictures.load(path) for path in options.image]
+    messages: list[dict[str, Any]] = []
+    answers, fed = [], 0
+    for turn, prompt in enumerate(options.prompt):
+        content: Any = prompt
+        if turn == 0 and images:
+            content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
+        messages.append({"role": "user", "content": content})
+        # A later turn re-renders everything: the template may drop what was said while thinking.
+        conversation.reset()
+        ids = conversation.expand(render(tokenizer, messages, enable_thinking=options.thinking), images)
+        answer, numbers = _answer(conversation, tokenizer, ids, images, options, sampler)
+        answers.append(answer)
+        messages.append({"role": "assistant", "content": answer})
+        fed += len(ids)
+        if not options.quiet and not options.json:
+            sys.stderr.write(
+                f"\n[{numbers['prompt_tokens']} prompt tokens, TTFT {numbers['ttft_ms']:.0f} ms, "
+                f"{numbers['new_tokens']} tokens at {numbers['tokens_per_s']:.1f} tokens/s]\n"
+            )
+    if options.json:
+        _print(json.dumps({"answers": answers, **numbers}))
+    return 0
+
+
+def _answer(
+    conversation: Any, tokenizer: Any, ids: list[int], images: list[Any], options: argparse.Namespace, sampler: Any
+) -> tuple[str, dict[str, Any]]:
+    begin = time.perf_counter()
+    first: list[float] = []
+    said: list[int] = []
+    shown = ""
+
+    def stream(token: int) -> None:
+        nonlocal shown
+        if not first:
+            first.append(time.perf_counter())
+        said.append(token)
+        text = tokenizer.decode(said, skip_special_tokens=True)
+        # A character may span several tokens: hold back what is not complete yet.
+        if not options.json and not text.endswith("\ufffd"):
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+
+    new = conversation.generate(ids, images, max_new_tokens=options.max_new_tokens, sampler=sampler, on_token=stream)
+    end = time.perf_counter()
+    start = first[0] if first else end
+    if not options.json:
+        sys.stdout.write("\n")
+    return tokenizer.decode(new, skip_special_tokens=True), {
+        "prompt_tokens": len(ids),
+        "new_tokens": len(new),
+        "ttft_ms": 1e3 * (start - begin),
+        "tokens_per_s": (len(new) - 1) / (end - start) if len(new) > 1 else 0.0,
+    }
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Print prefill and decode speed, memory, and the share of the bandwidth bound."""
+    from export.validate import judge
+    from targets import load_target
+
+    if options.threads < 1 or options.runs < 1:
+        raise UsageError("--threads and --runs must be at least 1")
+    bundle = Bundle.open(options.bundle, verify=False)
+    target = load_target(bundle.manifest["target"]["name"])
+    entry = judge.measure_bundle(
+        target,
+        bundle.path,
+        bundle.manifest,
+        options.threads,
+        runs=options.runs,
+        prompt_tokens=options.prompt_tokens,
+        steps=options.steps,
+    )
+    _print(json.dumps(entry) if options.json else bench_table(entry))
+    return 0
+
+
+def bench_table(entry: dict[str, Any]) -> str:
+    lines = [f"{'':<10}{'median':>10}{'p90':>10}{'best':>10}  tokens/s   runs  warm-ups  threads"]
+    for name in ("prefill", "decode"):
+        e = entry[name]
+        lines.append(
+            f"{name:<10}{e['tokens_per_s_median']:>10.1f}{e['tokens_per_s_p90']:>10.1f}"
+            f"{e['tokens_per_s_best']:>10.1f}{'':>12}{e['runs']:>5}{e['warmups']:>10}{e['threads']:>9}"
+        )
+    lines.append(f"prompt {entry['prefill']['prompt_tokens']} tokens, load {entry['load_s']:.2f} s, "
+                 f"memory {entry['memory_bytes'] / 2**20:.0f} MiB, host numbers")
+    for name, share in entry["bandwidth"].items():
+        lines.append(
+            f"{name}: {share['bytes_per_s'] / 1e9:.1f} GB/s bounds decode at {share['bound_tokens_per_s']:.1f} "
+            f"tokens/s ({entry['decode_bytes'] / 1e6:.0f} MB a token); reached {100 * share['share']:.0f} %"
+        )
+    return "\n".join(lines)
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")

@@ -1,0 +1,211 @@
+"""One export from spec to bundle: checkpoint, lowering, tokenizer, ladder, manifest, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+from export.bundle.writer import BundleWriter
+from export.checkpoint import Checkpoint, open_checkpoint
+from export.checkpoint.weights import Weights
+from export.chat.template import write_tokenizer
+from export.model.config import ModelConfig
+from export.quantize.quantizer import Quantizer
+from export.quantize.recipe import Recipe, load_recipe
+from export.report import card
+from export.spec import ExportSpec, GateError, UsageError
+from export.validate import judge
+from targets import load_target
+from targets.base import Job, Lowered, Target
+
+PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "executorch", "coremltools", "qwen35-mobile")
+
+
+class Bar(Protocol):
+    def advance(self, count: int) -> None: ...
+
+
+class Progress(Protocol):
+    """What the pipeline tells the user; see `export.progress`."""
+
+    def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Bar]: ...
+    def notice(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where the bundle is and what was found; `report` is the content of parity.json, if validated."""
+
+    path: Path
+    manifest: dict[str, Any]
+    report: dict[str, Any] | None
+
+
+def run(spec: ExportSpec, progress: Progress) -> Result:
+    """Build one bundle.
+
+    Raises:
+        ExportError: nothing is left behind. GateError: the bundle is kept as `<out>.rejected`.
+    """
+    target = load_target(spec.target)
+    recipe = load_recipe(spec.recipe, spec.group_size)
+    with progress.stage("checkpoint"):
+        checkpoint = open_checkpoint(spec)
+        config = checkpoint.model_config.truncated(spec.num_layers)
+        if not spec.vision:
+            config = config.without_vision()
+    if any(name.startswith("mtp.") for name in checkpoint.names()):
+        progress.notice("the checkpoint's multi-token-prediction head (mtp.*) is not exported yet")
+    weights = Weights(checkpoint, config)
+    check_request(spec, target, weights, recipe)
+    quantizer = Quantizer(weights, recipe)
+    key = {**spec.build_key(), "content": checkpoint.content_key()}
+    report = None
+    with BundleWriter(spec.output, key, overwrite=spec.overwrite, resume=spec.resume) as writer:
+        sizes = spec.image_sizes if config.vision is not None else ()
+        with progress.stage("lower", total=num_parameters(weights)) as bar:
+            lowered = target.lower(
+                Job(
+                    config,
+                    quantizer,
+                    spec.context_length,
+                    spec.prefill_lengths,
+                    sizes,
+                    writer.path,
+                    writer.resumed,
+                    bar.advance,
+                )
+            )
+        for path, role in lowered.files.items():
+            writer.add(path, role)
+        tokenizer = write_tokenizer(checkpoint, config, writer)
+        manifest = describe(spec, checkpoint, weights, quantizer.recipe, target, lowered, tokenizer)
+        passed = True
+        if not spec.skip_validation:
+            report = judge.judge(
+                checkpoint, config, recipe, target, writer.path, manifest, spec.threads, progress.stage
+            )
+            passed = report["passed"]
+            with progress.stage("report"):
+                judge.write_reports(writer, manifest, report)
+        writer.add("README.md", "card").write_text(card.render(manifest, report), encoding="utf-8")
+        manifest["status"] = "validated" if report is not None and passed else "unvalidated"
+        path = writer.commit(manifest, accepted=passed)
+    if not passed and report is not None:
+        worst = "; ".join(judge.failures(report))
+        raise GateError(f"the bundle was written to {path} but failed its gates: {worst}")
+    return Result(path, manifest, report)
+
+
+def check_request(spec: ExportSpec, target: Target, weights: Weights, recipe: Recipe) -> None:
+    """Refuse what the target or the model cannot honour, before any weight is read.
+
+    Raises:
+        UsageError: naming option, value, rule and remedy.
+    """
+    able = target.capabilities
+    for role, setting in recipe.roles.items():
+        if setting.bits not in able.bits:
+            raise UsageError(
+                f"{target.name} cannot store role {role!r} in {setting.bits} bits; it can {sorted(able.bits)}"
+            )
+        if not setting.symmetric and not able.asymmetric:
+            raise UsageError(f"{target.name} has no zero points at 4 bits; choose a symmetric recipe, not {recipe.name}")
+    recipe.check(
+        (p.name.removesuffix(".weight"), p.role, p.shape[1])
+        for p in weights.parameters.values()
+        if p.role != "kept"
+    )
+    vision = weights.config.vision
+    if vision is not None:
+        for size in spec.image_sizes:
+            if any(side % vision.pixels_per_token for side in size):
+                raise UsageError(
+                    f"--image-sizes {size[0]}x{size[1]}: both sides must be multiples of {vision.pixels_per_token}"
+                )
+
+
+def num_parameters(weights: Weights) -> int:
+    """Weights of the model, a tied matrix counted once."""
+    seen: dict[tuple[str, ...], int] = {}
+    for parameter in weights.parameters.values():
+        count = 1
+        for extent in parameter.shape:
+            count *= extent
+        seen[tuple(f"{s.tensor}{s.start}" for s in parameter.segments)] = count
+    return sum(seen.values())
+
+
+def describe(
+    spec: ExportSpec,
+    checkpoint: Checkpoint,
+    weights: Weights,
+    recipe: Recipe,
+    target: Target,
+    lowered: Lowered,
+    tokenizer: dict[str, Any],
+) -> dict[str, Any]:
+    """The manifest, all but `files` and the final status."""
+    config: ModelConfig = weights.config
+    variant = "base" if spec.base else "instruct"
+    roles = recipe.as_manifest()
+    if config.vision is None:
+        roles["roles"].pop("vision", None)
+    source = {"revision": None, "seed": None, **checkpoint.source}
+    return {
+        "schema_version": "1.0",
+        "name": default_name(spec),
+        "status": "unvalidated",
+        "model": {
+            "family": "qwen3.5",
+            "size": spec.size,
+            "variant": variant,
+            "source": source,
+            "license": "apache-2.0",
+            "hidden_size": config.text.hidden_size,
+            "vocab_size": config.text.vocab_size,
+            "num_parameters": num_parameters(weights),
+        },
+        "target": {
+            "name": target.name,
+            "runtime": target.runtime,
+            "min_version": target.min_version,
+            "profile": spec.profile,
+        },
+        "quantization": roles,
+        "context_length": spec.context_length,
+        "prefill_lengths": list(spec.prefill_lengths),
+        "image_sizes": [list(size) for size in spec.image_sizes] if config.vision is not None else [],
+        "states": lowered.states,
+        "signatures": lowered.signatures,
+        "tokenizer": tokenizer,
+        "files": [],
+        "reports": {},
+        "built_with": built_with(),
+        "session_options": lowered.session_options,
+    }
+
+
+def default_name(spec: ExportSpec) -> str:
+    """qwen3.5-2b-onnx-int4, with -base for base models."""
+    variant = "-base" if spec.base else ""
+    recipe = Path(spec.recipe).stem if spec.recipe.endswith(".toml") else spec.recipe
+    group = f"-g{spec.group_size}" if spec.group_size else ""
+    return f"qwen3.5-{spec.size}{variant}-{spec.target}-{recipe}{group}".lower()
+
+
+def built_with() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+Stage = Callable[..., AbstractContextManager[Bar]]

@@ -1,0 +1,63 @@
+"""The model card of a bundle: README.md, with what was built and what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+TEMPLATE = """---
+license: {{ m.model.license }}
+base_model: {{ m.model.source.id }}
+library_name: {{ m.target.runtime }}
+---
+
+# {{ m.name }}
+
+Qwen3.5 {{ m.model.size }} ({{ m.model.variant }}) for {{ m.target.runtime }} >= {{ m.target.min_version }}, \
+recipe `{{ m.quantization.recipe }}`, context {{ m.context_length }}, prefill {{ m.prefill_lengths | join(", ") }}\
+{% if m.image_sizes %}, images {% for s in m.image_sizes %}{{ s[0] }}×{{ s[1] }}{{ ", " if not loop.last }}\
+{% endfor %}{% endif %}.
+
+Read `manifest.json` to find out what is inside; it is the contract of this folder.
+
+| role | bits | group |
+|---|---|---|
+{% for role, s in m.quantization.roles.items() -%}
+| {{ role }} | {{ s.bits }} | {{ s.group_size or "channel" if s.bits < 16 else "–" }} |
+{% endfor %}
+{% if report -%}
+## Checks
+
+| rung | check | value | gate | status |
+|---|---|---|---|---|
+{% for name, rung in report.rungs.items() -%}
+{% for c in rung.checks -%}
+| {{ name }} | {{ c.name }} | {{ number(c.value) }} | {{ gate(c) }} | {{ c.status }} |
+{% endfor -%}
+{% endfor %}
+{% if report.latency %}
+Measured on the host that built it, {{ report.latency.bundle.decode.threads }} threads: prefill \
+{{ number(report.latency.bundle.prefill.tokens_per_s_median) }} and decode \
+{{ number(report.latency.bundle.decode.tokens_per_s_median) }} tokens/s (median). A phone differs.
+{% endif -%}
+{%- else -%}
+**Not validated** (`--skip-validation`): nothing is known about its answers.
+{%- endif %}
+"""
+
+
+def number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
+
+
+def gate(check: dict[str, Any]) -> str:
+    if check["limit"] is None:
+        return "–"
+    return f"{'≥' if check['at_least'] else '≤'} {check['limit']:g}"
+
+
+def render(manifest: dict[str, Any], report: dict[str, Any] | None) -> str:
+    """Markdown of the card; deterministic but for measured numbers."""
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(TEMPLATE).render(m=manifest, report=report, number=number, gate=gate)

@@ -1,0 +1,114 @@
+"""report.html: one self-contained page with tables and plots (inline SVG, no scripts, no network)."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, select_autoescape
+
+from export.report.card import gate, number
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ m.name }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+ body { font: 15px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }
+ h1 { margin-bottom: .2rem } .sub { color: #5b6675 }
+ table { border-collapse: collapse; width: 100%; margin: 1rem 0 } td, th { padding: .3rem .6rem; text-align: left;
+ border-bottom: 1px solid #e3e7ec; vertical-align: top } td.n { text-align: right; font-variant-numeric: tabular-nums }
+ .PASS { color: #0a7d38; font-weight: 600 } .FAIL { color: #c0182b; font-weight: 600 } .RECORDED { color: #5b6675 }
+ figure { margin: 1.5rem 0 } svg { max-width: 100%; height: auto } .reason { color: #5b6675; font-size: .85em }
+</style></head><body>
+<h1>{{ m.name }}</h1>
+<p class="sub">Qwen3.5 {{ m.model.size }} ({{ m.model.variant }}), {{ m.target.runtime }} ≥ {{ m.target.min_version }},
+ recipe {{ m.quantization.recipe }}, context {{ m.context_length }}.
+ Verdict: <span class="{{ 'PASS' if r.passed else 'FAIL' }}">{{ 'every gate passed' if r.passed else 'rejected' }}</span></p>
+{% for name, rung in r.rungs.items() %}
+<h2>{{ name }} <span class="{{ rung.status }}">{{ rung.status }}</span></h2>
+<p class="sub">{{ meaning[name] }}</p>
+<table><tr><th>check</th><th>value</th><th>gate</th><th>status</th><th>why this gate</th></tr>
+{% for c in rung.checks %}<tr><td>{{ c.name }}</td><td class="n">{{ number(c.value) }}</td><td>{{ gate(c) }}</td>
+<td class="{{ c.status }}">{{ c.status }}</td><td class="reason">{{ c.reason }}</td></tr>{% endfor %}</table>
+{% endfor %}
+{% for title, svg in plots %}<figure><h2>{{ title }}</h2>{{ svg | safe }}</figure>{% endfor %}
+{% if r.latency %}<h2>Latency on the host</h2>
+<table><tr><th></th><th>prefill tokens/s</th><th>decode tokens/s</th></tr>
+{% for who in ("bundle", "reference") %}{% if r.latency[who] %}<tr><td>{{ who }}</td>
+<td class="n">{{ number(r.latency[who].prefill.tokens_per_s_median) }}</td>
+<td class="n">{{ number(r.latency[who].decode.tokens_per_s_median) }}</td></tr>{% endif %}{% endfor %}</table>
+<p class="sub">Median, {{ r.latency.bundle.decode.threads }} threads, wall clock of the machine that built the bundle.</p>
+{% endif %}
+</body></html>
+"""
+
+MEANING = {
+    "L0": "Our modules in PyTorch fp32 against transformers fp32.",
+    "L1": "The lowered program without quantisation, on its runtime, against our modules.",
+    "L2": "The weights stored in the artifact against the quantiser, bit for bit.",
+    "L3": "The shipped artifact on its runtime against transformers fp32.",
+}
+
+
+def render(manifest: dict[str, Any], report: dict[str, Any]) -> str:
+    environment = Environment(undefined=StrictUndefined, autoescape=select_autoescape(default=True))
+    return environment.from_string(PAGE).render(
+        m=manifest, r={"latency": None, **report}, number=number, gate=gate, meaning=MEANING, plots=plots(report)
+    )
+
+
+def plots(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """(title, svg) for whatever series the rungs left."""
+    found = []
+    rungs = report["rungs"]
+    errors = {name: rungs[name]["series"].get("states") for name in ("L0", "L1", "L3") if name in rungs}
+    errors = {name: series for name, series in errors.items() if series}
+    if errors:
+        found.append(("Relative error of every state", _states(errors)))
+    if "L3" in rungs and rungs["L3"]["series"].get("kl"):
+        found.append(("KL over position (nats)", _lines(rungs["L3"]["series"]["rows"], rungs["L3"]["series"]["kl"])))
+    if "L3" in rungs and rungs["L3"]["series"].get("drift_kl"):
+        drift = rungs["L3"]["series"]["drift_kl"]
+        found.append(("KL over decode steps: drift (nats)", _lines(list(range(len(drift))), drift)))
+    return found
+
+
+def _figure() -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "report"
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(9, 3), layout="constrained")
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import pyplot
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _states(errors: dict[str, dict[str, float]]) -> str:
+    figure, axes = _figure()
+    names = list(next(iter(errors.values())))
+    for rung, series in errors.items():
+        axes.plot(range(len(names)), [max(series.get(n, 0.0), 1e-9) for n in names], "o-", ms=3, label=rung)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def _lines(x: list[int], y: list[float]) -> str:
+    figure, axes = _figure()
+    axes.plot(x, [max(v, 1e-9) for v in y], lw=1)
+    axes.set_yscale("log")
+    axes.set_xlabel("token")
+    axes.grid(alpha=0.3)
+    return _svg(figure)

@@ -1,0 +1,151 @@
+"""A verdict on a bundle: climb the ladder, measure latency, and the JSON both leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from export.bundle.writer import BundleWriter
+from export.checkpoint.base import Checkpoint
+from export.model.config import ModelConfig
+from export.quantize.recipe import Recipe
+from export.validate import latency
+from export.validate.ladder import RUNGS, Case, climb
+from targets.base import Target
+
+PROBE_TOKENS = {"tiny": 192}
+DRIFT_STEPS = {"tiny": 512}
+
+
+def judge(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    recipe: Recipe,
+    target: Target,
+    folder: Path,
+    manifest: dict[str, Any],
+    threads: int,
+    stage: Callable[..., Any],
+    rungs: tuple[str, ...] = RUNGS,
+    with_latency: bool = True,
+) -> dict[str, Any]:
+    """Run the rungs on a bundle folder and measure it; returns the content of parity.json and latency.json."""
+    size = manifest["model"]["size"]
+    random = manifest["model"]["source"]["kind"] == "random"
+    case = Case(
+        checkpoint,
+        config,
+        recipe,
+        target,
+        folder,
+        manifest,
+        threads,
+        tokens=PROBE_TOKENS.get(size, 64),
+        drift_steps=0 if random else DRIFT_STEPS.get(size, 0),
+        gate_quality=not random,
+        task=_task(folder, size, random),
+    )
+    results = []
+    for rung in rungs:
+        with stage(f"validate {rung}"):
+            results += climb(case, (rung,))
+    report: dict[str, Any] = {
+        "rungs": {r.name: r.as_json() for r in results},
+        "passed": all(r.status == "PASS" for r in results),
+    }
+    if with_latency:
+        with stage("latency"):
+            report["latency"] = measure(checkpoint, config, target, folder, manifest, threads)
+    return report
+
+
+def _task(folder: Path, size: str, random: bool) -> Any:
+    """The task metric of the trained tiny checkpoint; other checkpoints bring none."""
+    if size != "tiny" or random or not (folder / "tokenizer.json").exists():
+        return None
+    from export.chat.template import load_tokenizer
+    from export.validate import task
+
+    tokenizer = load_tokenizer(folder)
+    return lambda generate: task.evaluate(generate, tokenizer)
+
+
+def measure(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    target: Target,
+    folder: Path,
+    manifest: dict[str, Any],
+    threads: int,
+) -> dict[str, Any]:
+    """Latency of the bundle and of PyTorch in the same run."""
+    bundle = measure_bundle(target, folder, manifest, threads)
+    prompt = min(128, bundle["prefill"]["prompt_tokens"])
+    reference = latency.measure_reference(checkpoint, config, threads, prompt, 2, 4)
+    return {"bundle": bundle, "reference": reference}
+
+
+def measure_bundle(
+    target: Target,
+    folder: Path,
+    manifest: dict[str, Any],
+    threads: int,
+    runs: int = 3,
+    prompt_tokens: int = 512,
+    steps: int = 24,
+) -> dict[str, Any]:
+    """Speed, load time and memory of a bundle, and its share of the bandwidth bound."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    session = target.open(folder, manifest, threads)
+    prompt_tokens = min(prompt_tokens, manifest["context_length"] // 2)
+    result = latency.measure_session(session, manifest, threads, prompt_tokens, runs, steps)
+    result["memory_bytes"] = process.memory_info().rss - before
+    result["load_s"] = session.load_seconds
+    result["decode_bytes"] = target.decode_bytes(folder, manifest)
+    session.close()
+    result["bandwidth"] = bandwidth_share(result, threads)
+    return result
+
+
+def bandwidth_share(result: dict[str, Any], threads: int) -> dict[str, Any]:
+    """Measured read bandwidth, the decode bound it sets, and the share reached."""
+    entry: dict[str, Any] = {}
+    for name, huge in (("pages_4k", False), ("pages_huge", True)):
+        rate = latency.read_bandwidth(threads, huge)
+        if rate is None:
+            continue
+        bound = rate / result["decode_bytes"]
+        entry[name] = {
+            "bytes_per_s": rate,
+            "bound_tokens_per_s": bound,
+            "share": result["decode"]["tokens_per_s_median"] / bound,
+        }
+    return entry
+
+
+def failures(report: dict[str, Any]) -> list[str]:
+    """One line per failed check: name, value, limit."""
+    lines = []
+    for rung in report["rungs"].values():
+        for check in rung["checks"]:
+            if check["status"] == "FAIL":
+                rule = "at least" if check["at_least"] else "at most"
+                lines.append(f"{check['name']} is {check['value']:.3g}, must be {rule} {check['limit']:g}")
+    return lines
+
+
+def write_reports(writer: BundleWriter, manifest: dict[str, Any], report: dict[str, Any]) -> None:
+    """parity.json, latency.json and report.html into the bundle, and their names into the manifest."""
+    from export.report.page import render
+
+    parity = {key: value for key, value in report.items() if key != "latency"}
+    writer.add_json("parity.json", "report", parity)
+    manifest["reports"] = {"parity": "parity.json"}
+    if "latency" in report:
+        writer.add_json("latency.json", "report", report["latency"])
+        manifest["reports"]["latency"] = "latency.json"
+    writer.add("report.html", "report").write_text(render(manifest, report), encoding="utf-8")
