@@ -6,8 +6,11 @@ bundle is kept as `<out>.rejected`, 130 interrupted with `<out>.partial` left fo
 
 from __future__ import annotations
 
+import argparse
+import errno
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from export import arguments
 from export.spec import ExportError
@@ -16,48 +19,63 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code. Errors go to stderr as one line."""
+    """Run one command; returns its exit code. Errors go to stderr as one line, with --json also to stdout."""
     words = list(sys.argv[1:] if argv is None else argv)
-    command = words.pop(0) if words and words[0] in arguments.COMMANDS else "export"
+    return guarded(lambda: _dispatch(words), as_json="--json" in words)
+
+
+def guarded(command: Callable[[], int], *, as_json: bool = False) -> int:
+    """Run a command and turn what stops it into a message and an exit code."""
     try:
-        return _dispatch(command, words)
+        return command()
+    except SystemExit as done:  # argparse leaves this way after --help
+        return int(done.code or 0)
     except ExportError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
+        return _fail(str(error), error.exit_code, as_json)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; an unfinished export can be continued with --resume\n")
-        return INTERRUPTED
+        return _fail("interrupted; repeat the command with --resume to continue an export", INTERRUPTED, as_json)
+    except MemoryError:
+        return _fail("out of memory; --dry-run estimates what an export needs", 1, as_json)
     except OSError as error:
-        sys.stderr.write(f"error: {error.strerror or error}: {error.filename or ''}\n")
-        return 1
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(f"no space left on the disk of {error.filename or 'the output'}; free some", 1, as_json)
+        return _fail(f"{error.filename or 'the system'}: {error.strerror or error}", 1, as_json)
 
 
-def _dispatch(command: str, words: list[str]) -> int:
-    # Each command is imported when it runs, so that --help needs no torch.
-    if command == "validate":
-        options = arguments.validate_parser().parse_args(words)
-        from export.commands import validate
+def _fail(message: str, code: int, as_json: bool) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    if as_json:
+        sys.stdout.write(json.dumps({"error": message, "exit_code": code}) + "\n")
+    return code
 
-        return validate(options)
-    if command == "run":
-        options = arguments.run_parser().parse_args(words)
-        from export.commands import run
 
-        return run(options)
-    if command == "bench":
-        options = arguments.bench_parser().parse_args(words)
-        from export.commands import bench
+def _dispatch(words: list[str]) -> int:
+    # What a command needs is imported when it runs, so that --help and bad usage need no torch.
+    command = arguments.pop_command(words)
+    options = arguments.PARSERS[command]().parse_args(words)
+    if command == "export":
+        return run_export(options)
+    arguments.check_bundle_options(options)
+    from export import commands
 
-        return bench(options)
-    options = arguments.build_parser().parse_args(words)
+    actions = {"validate": commands.validate, "run": commands.run, "bench": commands.bench}
+    return actions[command](options)
+
+
+def run_export(options: argparse.Namespace) -> int:
+    """The export command, for `python -m export` and `optimum-cli export mobile`."""
     spec = arguments.spec_from(options)
     if options.dry_run:
-        from export.plan import dry_run
+        from export import plan
 
-        return dry_run(spec, as_json=options.json)
-    from export.commands import export
+        sys.stdout.write(plan.render(plan.make(spec), as_json=options.json))
+        return 0
+    from export.bundle.writer import check_output
 
-    return export(spec, options)
+    check_output(spec.output, overwrite=spec.overwrite)
+    from export import commands
+
+    return commands.export(spec, options)
 
 
 if __name__ == "__main__":

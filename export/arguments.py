@@ -1,9 +1,15 @@
-"""Options of every command, shared by `python -m export` and `optimum-cli export mobile`. Torch-free."""
+"""Options of every command, shared by `python -m export` and `optimum-cli export mobile`. Torch-free.
+
+Parsing is argparse; `spec_from` holds every rule that needs no checkpoint and says value, rule and remedy.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import os
 import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,24 +17,39 @@ from export.sizes import SIZES, TINY
 from export.spec import ExportSpec, UsageError
 
 TARGETS = ("onnx",)
-COMMANDS = ("export", "validate", "run", "bench")
-DEFAULT_PREFILL = {TINY: (64,)}
-DEFAULT_IMAGES = {TINY: ((64, 64), (64, 96), (96, 64))}
+"""Names of `targets.TARGETS`, which cannot be imported without torch; a test compares them."""
+DEFAULT_PREFILL: Mapping[str, tuple[int, ...]] = {TINY: (64,)}
+DEFAULT_IMAGES: Mapping[str, tuple[tuple[int, int], ...]] = {TINY: ((64, 64), (64, 96), (96, 64))}
+PIXELS_PER_TOKEN = 32
+MAX_CONTEXT = 262144
+"""max_position_embeddings of every published config."""
+RUNGS = ("L0", "L1", "L2", "L3")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Usage errors become exceptions with one clear line instead of a page of usage."""
+    """Usage errors become one clear line instead of a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see `python -m export --help`")
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            word = message.removeprefix(prefix).split()[0].split("=")[0]
+            message = f"unknown option {word}{_close(word, self._option_string_actions)}"
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def _close(word: str, choices: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, list(choices), n=1)
+    return f", did you mean {found[0]}?" if found else ""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands. `export` is the default: its name may be left out."""
+    """The parser of the export command, which is the default: its name may be left out."""
     parser = _Parser(
         prog="python -m export",
+        allow_abbrev=False,
         description="Turn a Qwen3.5 checkpoint into a validated bundle for a phone runtime.",
-        epilog="Commands: export (default), validate BUNDLE, run BUNDLE, bench BUNDLE; each has its own --help.",
+        epilog="Other commands: validate BUNDLE, run BUNDLE, bench BUNDLE; each has its own --help. "
+        "Exit codes: 0 passed, 1 failed, 2 bad usage, 3 a gate failed, 130 interrupted.",
     )
     add_export_options(parser)
     return parser
@@ -41,62 +62,119 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     add("--size", required=True, metavar="S", help=f"model size: {', '.join(SIZES)}")
     add("--base", action="store_true", help="the Base variant instead of instruct")
     add("--checkpoint", metavar="C", help="folder, hub id, or random (default: the size's hub id; tiny is shipped)")
-    add("--revision", help="hub revision (branch, tag or commit)")
-    add("--seed", type=int, default=0, help="seed of --checkpoint random")
-    add("--recipe", default="int4", help="quantisation recipe or a .toml file (default int4)")
+    add("--revision", metavar="R", help="hub revision: branch, tag or commit")
+    add("--seed", type=int, metavar="N", help="seed of --checkpoint random (default 0)")
+    add("--recipe", default="int4", metavar="R", help="quantisation recipe or a .toml file (default int4)")
     add("--group-size", type=int, metavar="G", help="32, 64 or 128: overrides the recipe's 4-bit groups")
     add("--context-length", type=int, default=1024, metavar="N", help="tokens of KV cache (default 1024)")
     add("--prefill-lengths", metavar="A,B", help="chunk lengths of prefill (default 64,512; tiny 64)")
-    add("--image-sizes", metavar="HxW,…", help="picture sizes, height x width (default 448x448)")
+    add("--image-sizes", metavar="HxW,…", help="picture sizes, height x width (default 448x448; tiny 64x64,…)")
     add("--no-vision", action="store_true", help="leave the vision encoder out")
-    add("--num-layers", type=int, metavar="N", help="only the first N decoder layers (for tests)")
-    add("-o", "--output-dir", type=Path, metavar="DIR", help="the bundle folder itself")
+    add("--num-layers", type=int, metavar="N", help="only the first N decoder layers, for experiments")
+    add("-o", "--output-dir", type=Path, metavar="DIR", help="the bundle folder itself (default: its name)")
     add("--overwrite", action="store_true", help="replace an existing bundle once the new one is complete")
-    add("--resume", action="store_true", help="continue an interrupted export")
+    add("--resume", action="store_true", help="continue an interrupted export of the same options")
     add("--skip-validation", action="store_true", help="write the bundle without checking it")
-    add("--threads", type=int, default=2, help="threads of quantiser and runtimes (default 2)")
-    add("--json", action="store_true", help="print the result as one JSON object")
+    add("--threads", type=int, default=2, metavar="N", help="threads of quantiser and runtimes (default 2)")
+    add("--json", action="store_true", help="one JSON object on stdout, progress as JSON lines on stderr")
     add("--quiet", action="store_true", help="no progress on stderr")
-    add("--dry-run", action="store_true", help="print what would be built and stop")
+    add("--dry-run", action="store_true", help="print what would be built, sizes and memory, and stop")
 
 
-def add_bundle_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, help="folder written by an export")
-    parser.add_argument("--threads", type=int, default=2)
+def _bundle_parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = _Parser(prog=f"python -m export {command}", description=description, allow_abbrev=False)
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by an export")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="threads of the runtime (default 2)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    return parser
 
 
 def validate_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m export validate", description="Check a finished bundle; never edits it.")
-    add_bundle_options(parser)
+    """Options of `validate`."""
+    parser = _bundle_parser("validate", "Climb the ladder of checks on a finished bundle; 3 when a gate fails.")
     parser.add_argument("--checkpoint", metavar="C", help="the checkpoint it came from, if not found by itself")
-    parser.add_argument("--rung", action="append", choices=["L0", "L1", "L2", "L3"], help="only this rung")
+    parser.add_argument("--rung", action="append", choices=RUNGS, help="only this rung; may be repeated")
     parser.add_argument("--update", action="store_true", help="write the new reports into the bundle")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the results as JSON to this file")
     return parser
 
 
 def run_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m export run", description="Ask a bundle something.")
-    add_bundle_options(parser)
-    parser.add_argument("--prompt", required=True, action="append", help="a user turn; repeat for several turns")
-    parser.add_argument("--image", action="append", default=[], type=Path, help="a picture of the first turn")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, default=False)
+    """Options of `run`."""
+    parser = _bundle_parser("run", "Ask a bundle something; the answer streams to stdout.")
+    add = parser.add_argument
+    add("--prompt", required=True, action="append", metavar="TEXT", help="a user turn; repeat for several turns")
+    add("--image", action="append", default=[], type=Path, metavar="FILE", help="a picture of the first turn; repeatable")
+    add("--max-new-tokens", type=int, default=256, metavar="N")
+    add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token (default)")
+    add("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens; 0 from all")
+    add("--top-p", type=float, default=1.0, metavar="X", help="sample from the likeliest share X of probability")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the sampler")
+    add("--thinking", action=argparse.BooleanOptionalAction, default=False, help="let the model think first")
     return parser
 
 
 def bench_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m export bench", description="Measure a bundle on this host.")
-    add_bundle_options(parser)
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--runs", type=int, default=5, help="counted prefill runs")
-    parser.add_argument("--steps", type=int, default=48, help="counted decode steps")
+    """Options of `bench`."""
+    parser = _bundle_parser("bench", "Measure a bundle on this host.")
+    parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="length of the prompt (512)")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="counted prefill runs (5)")
+    parser.add_argument("--steps", type=int, default=48, metavar="N", help="counted decode steps (48)")
     return parser
+
+
+PARSERS: Mapping[str, Callable[[], argparse.ArgumentParser]] = {
+    "export": build_parser,
+    "validate": validate_parser,
+    "run": run_parser,
+    "bench": bench_parser,
+}
+
+
+def pop_command(words: list[str]) -> str:
+    """Take the command off the front of the words; `export` if they begin with an option.
+
+    Raises:
+        UsageError: a first word that is no command.
+    """
+    if not words or words[0].startswith("-"):
+        return "export"
+    word = words.pop(0)
+    if word not in PARSERS:
+        raise UsageError(
+            f"unknown command {word!r}; choose one of {', '.join(PARSERS)}{_close(word, PARSERS)}"
+        )
+    return word
+
+
+_RULES: tuple[tuple[str, str, float, float], ...] = (
+    ("threads", "--threads", 1, 1024),
+    ("max_new_tokens", "--max-new-tokens", 1, MAX_CONTEXT),
+    ("temperature", "--temperature", 0, 100),
+    ("top_k", "--top-k", 0, 10**6),
+    ("top_p", "--top-p", 0, 1),
+    ("prompt_tokens", "--prompt-tokens", 1, MAX_CONTEXT),
+    ("runs", "--runs", 1, 10**4),
+    ("steps", "--steps", 1, MAX_CONTEXT),
+    ("context_length", "--context-length", 2, MAX_CONTEXT),
+    ("num_layers", "--num-layers", 1, 1024),
+)
+
+
+def check_bundle_options(options: argparse.Namespace) -> None:
+    """Numbers within their ranges, pictures that exist.
+
+    Raises:
+        UsageError: naming option, value and range.
+    """
+    for name, option, low, high in _RULES:
+        value = getattr(options, name, None)
+        if value is not None and not low <= value <= high:  # a NaN fails as well
+            raise UsageError(f"{option} {value}: must be {low:g} to {high:g}")
+    for picture in getattr(options, "image", []):
+        if not picture.is_file():
+            raise UsageError(f"--image {picture}: no such file; give the path of a picture")
 
 
 def spec_from(options: argparse.Namespace) -> ExportSpec:
@@ -105,78 +183,128 @@ def spec_from(options: argparse.Namespace) -> ExportSpec:
     Raises:
         UsageError: naming option, value, rule and remedy.
     """
-    if options.target not in TARGETS:
-        raise UsageError(f"--target {options.target}: unknown target; choose one of {', '.join(TARGETS)}")
-    if options.size not in SIZES:
-        raise UsageError(f"--size {options.size}: unknown size; choose one of {', '.join(SIZES)}")
-    if options.context_length < 1:
-        raise UsageError(f"--context-length {options.context_length}: must be at least 1")
-    if options.threads < 1:
-        raise UsageError(f"--threads {options.threads}: must be at least 1")
-    from export.quantize.recipe import load_recipe
-
-    load_recipe(options.recipe, options.group_size)
-    default = DEFAULT_PREFILL.get(options.size, (64, 512))
-    lengths = _lengths(options.prefill_lengths) if options.prefill_lengths is not None else default
-    for length in lengths:
-        if not 2 <= length <= options.context_length:
-            raise UsageError(
-                f"--prefill-lengths {length}: must be 2 to the --context-length {options.context_length}; "
-                "lengthen the context or shorten the chunk"
-            )
-    images = DEFAULT_IMAGES.get(options.size, ((448, 448),))
-    if options.image_sizes is not None:
-        if options.no_vision:
-            raise UsageError("--image-sizes and --no-vision exclude each other; leave one out")
-        images = _sizes(options.image_sizes)
+    _choice("--target", options.target, TARGETS)
+    _choice("--size", options.size, tuple(SIZES))
+    check_bundle_options(options)
+    _check_source(options)
+    _check_recipe(options.recipe, options.group_size)
+    config = SIZES[options.size].config
+    if config is not None and options.num_layers is not None:
+        layers = config["text_config"]["num_hidden_layers"]
+        if options.num_layers > layers:
+            raise UsageError(f"--num-layers {options.num_layers}: {options.size} has {layers}; use 1 to {layers}")
     spec = ExportSpec(
         target=options.target,
         size=options.size,
         base=options.base,
         checkpoint=options.checkpoint,
         revision=options.revision,
-        seed=options.seed,
+        seed=options.seed or 0,
         recipe=options.recipe,
         group_size=options.group_size,
         context_length=options.context_length,
-        prefill_lengths=lengths,
-        image_sizes=() if options.no_vision else images,
+        prefill_lengths=_prefill_lengths(options),
+        image_sizes=_image_sizes(options),
         vision=not options.no_vision,
         num_layers=options.num_layers,
         overwrite=options.overwrite,
         resume=options.resume,
         skip_validation=options.skip_validation,
         threads=options.threads,
-        output=options.output_dir or Path(default_output(options)),
     )
-    return spec
+    return spec.at(_output(options.output_dir, spec.name))
 
 
-def default_output(options: argparse.Namespace) -> str:
-    """qwen3.5-2b-onnx-int4 in the current folder."""
-    recipe = Path(options.recipe).stem if options.recipe.endswith(".toml") else options.recipe
-    base = "-base" if options.base else ""
-    group = f"-g{options.group_size}" if options.group_size else ""
-    return f"qwen3.5-{options.size}{base}-{options.target}-{recipe}{group}".lower()
+def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{option} {value}: unknown; choose one of {', '.join(choices)}{_close(value, choices)}")
 
 
-def _lengths(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d+(,\d+)*", text):
+def _check_source(options: argparse.Namespace) -> None:
+    """Options that speak about a checkpoint of another kind would be ignored: refuse them."""
+    checkpoint = options.checkpoint
+    if checkpoint == "":
+        raise UsageError("--checkpoint is empty; give a folder, a hub id, or random")
+    if options.base and options.size == TINY and checkpoint is None:
+        raise UsageError("--base: the shipped tiny checkpoint has no base variant; leave out --base")
+    if options.seed is not None and checkpoint != "random":
+        raise UsageError(f"--seed {options.seed}: only random weights have one; add --checkpoint random")
+    if options.revision is not None:
+        shipped = checkpoint is None and options.size == TINY
+        if shipped or checkpoint == "random" or (checkpoint is not None and Path(checkpoint).exists()):
+            kind = "the shipped tiny checkpoint" if shipped else f"--checkpoint {checkpoint}"
+            raise UsageError(f"--revision {options.revision}: {kind} has no revisions, only a hub id does; leave it out")
+
+
+def _check_recipe(name: str, group_size: int | None) -> None:
+    from export.quantize.recipe import load_recipe
+
+    recipe = load_recipe(name, group_size)
+    if group_size is not None and all(setting.bits != 4 for setting in recipe.roles.values()):
+        raise UsageError(f"--group-size {group_size}: recipe {name} has no 4-bit role to group; leave it out")
+
+
+def _prefill_lengths(options: argparse.Namespace) -> tuple[int, ...]:
+    context: int = options.context_length
+    text: str | None = options.prefill_lengths
+    if text is None:
+        fitting = tuple(n for n in DEFAULT_PREFILL.get(options.size, (64, 512)) if n <= context)
+        return fitting or (context,)
+    if not re.fullmatch(r"\d{1,6}(,\d{1,6})*", text):
         raise UsageError(f"--prefill-lengths {text}: give numbers separated by commas, such as 64,512")
-    return tuple(sorted({int(part) for part in text.split(",")}))
+    lengths = tuple(sorted({int(part) for part in text.split(",")}))
+    for length in lengths:
+        if length < 2:
+            raise UsageError(f"--prefill-lengths {length}: a chunk has at least 2 tokens; decode takes single ones")
+        if length > context:
+            raise UsageError(
+                f"--prefill-lengths {length}: longer than --context-length {context}; "
+                "lengthen the context or shorten the chunk"
+            )
+    return lengths
 
 
-def _sizes(text: str) -> tuple[tuple[int, int], ...]:
+def _image_sizes(options: argparse.Namespace) -> tuple[tuple[int, int], ...]:
+    text: str | None = options.image_sizes
+    if options.no_vision:
+        if text is not None:
+            raise UsageError("--image-sizes and --no-vision exclude each other; leave one out")
+        return ()
+    sizes = DEFAULT_IMAGES.get(options.size, ((448, 448),)) if text is None else _parse_sizes(text)
+    for height, width in sizes:
+        tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
+        if tokens >= options.context_length:
+            raise UsageError(
+                f"--context-length {options.context_length}: one {height}x{width} picture takes {tokens} tokens; "
+                "lengthen the context, give smaller --image-sizes, or --no-vision"
+            )
+    return sizes
+
+
+def _parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
     sizes = []
     for part in text.lower().split(","):
-        match = re.fullmatch(r"(\d+)x(\d+)", part.strip())
+        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", part.strip())
         if match is None:
             raise UsageError(f"--image-sizes {part}: give HEIGHTxWIDTH in pixels, such as 448x448")
         height, width = int(match[1]), int(match[2])
-        if height % 32 or width % 32 or not height or not width:
+        if height % PIXELS_PER_TOKEN or width % PIXELS_PER_TOKEN or not height or not width:
             raise UsageError(
-                f"--image-sizes {part}: both sides must be multiples of 32, the pixels behind one image token; "
-                f"try {max(32, round(height / 32) * 32)}x{max(32, round(width / 32) * 32)}"
+                f"--image-sizes {part}: both sides must be multiples of {PIXELS_PER_TOKEN}, the pixels behind one "
+                f"image token; try {_nearest(height)}x{_nearest(width)}"
             )
         sizes.append((height, width))
     return tuple(dict.fromkeys(sizes))
+
+
+def _nearest(side: int) -> int:
+    return max(PIXELS_PER_TOKEN, round(side / PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN)
+
+
+def _output(given: Path | None, name: str) -> Path:
+    """The bundle folder. Its siblings <out>.partial and <out>.rejected must have names too."""
+    output = given if given is not None else Path(name)
+    plain = Path(os.path.normpath(output))
+    if plain.name in ("", ".."):
+        raise UsageError(f"--output-dir {output}: give the bundle folder a name of its own, such as {output / name}")
+    return plain

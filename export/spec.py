@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,19 @@ class ExportSpec:
     skip_validation: bool = False
     threads: int = 2
     profile: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        """What the bundle is called: qwen3.5-2b-onnx-int4, with -base and the group size where they apply."""
+        recipe = Path(self.recipe).stem if self.recipe.endswith(".toml") else self.recipe
+        base = "-base" if self.base else ""
+        group = f"-g{self.group_size}" if self.group_size else ""
+        name = f"qwen3.5-{self.size}{base}-{self.target}-{recipe}{group}".lower()
+        return re.sub(r"[^a-z0-9._-]+", "-", name)
+
+    def at(self, output: Path) -> ExportSpec:
+        """The same spec with another output folder."""
+        return replace(self, output=output)
 
     def build_key(self) -> dict[str, Any]:
         """The fields that decide the bundle's bytes, for `--resume`."""

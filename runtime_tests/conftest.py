@@ -111,8 +111,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "equal-heads-untied": variant(
         linear_num_key_heads=4, linear_num_value_heads=4, tied=False, intermediate_size=160, num_hidden_layers=4
     ),
-    "wide-values-3-layers": variant(
-        linear_num_value_heads=8, linear_value_head_dim=16, num_hidden_layers=3, hidden_size=96
+    "wide-values-9-layers": variant(
+        linear_num_value_heads=8, linear_value_head_dim=16, num_hidden_layers=9, hidden_size=96
     ),
     "head-dim-128-7-layers": variant(
         head_dim=128,

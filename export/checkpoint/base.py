@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from export.model.config import ModelConfig
 from export.spec import ExportError
+
+if TYPE_CHECKING:  # names and shapes are wanted without torch, by --dry-run
+    import torch
 
 # Rows are generated, and best read, in blocks of about this many elements (4 MiB of float32).
 BLOCK_ELEMENTS = 1 << 20
@@ -95,6 +96,8 @@ def check_finite(name: str, values: torch.Tensor, start: int = 0) -> None:
     Raises:
         CheckpointError: naming tensor and row.
     """
+    import torch
+
     # A sum is one pass at memory speed and NaN or infinity always survive it; the exact search is rare.
     if values.numel() == 0 or math.isfinite(float(values.sum())):
         return
