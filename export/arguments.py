@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _close(word: str, choices: Iterable[str]) -> str:
     found = difflib.get_close_matches(word, list(choices), n=1)
-    return f", did you mean {found[0]}?" if found else ""
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -58,8 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
 def add_export_options(parser: argparse.ArgumentParser) -> None:
     """The options of an export."""
     add = parser.add_argument
-    add("--target", required=True, metavar="T", help=f"runtime: {', '.join(TARGETS)}")
-    add("--size", required=True, metavar="S", help=f"model size: {', '.join(SIZES)}")
+    add("--target", metavar="T", help=f"runtime, required: {', '.join(TARGETS)}")
+    add("--size", metavar="S", help=f"model size, required: {', '.join(SIZES)}")
     add("--base", action="store_true", help="the Base variant instead of instruct")
     add("--checkpoint", metavar="C", help="folder, hub id, or random (default: the size's hub id; tiny is shipped)")
     add("--revision", metavar="R", help="hub revision: branch, tag or commit")
@@ -215,7 +215,9 @@ def spec_from(options: argparse.Namespace) -> ExportSpec:
     return spec.at(_output(options.output_dir, spec.name))
 
 
-def _choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+def _choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:
+    if value is None:
+        raise UsageError(f"{option} is missing; choose one of {', '.join(choices)}")
     if value not in choices:
         raise UsageError(f"{option} {value}: unknown; choose one of {', '.join(choices)}{_close(value, choices)}")
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from export.bundle.manifest import dump
 from export.bundle.reader import Bundle
 from export.bundle.writer import BundleWriter
 from export.progress import Reporter
-from export.spec import ExportSpec, UsageError
+from export.spec import ExportSpec, GateError, UsageError
 
 
 def export(spec: ExportSpec, options: argparse.Namespace) -> int:
@@ -21,8 +22,17 @@ def export(spec: ExportSpec, options: argparse.Namespace) -> int:
     from export import pipeline
 
     torch.set_num_threads(spec.threads)
-    reporter = Reporter(quiet=options.quiet or options.json)
-    result = pipeline.run(spec, reporter)
+    reporter = Reporter(quiet=options.quiet, json_lines=options.json)
+    if options.quiet or options.json:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()  # of downloads, which the hub's library draws itself
+    try:
+        result = pipeline.run(spec, reporter)
+    except GateError:
+        if not options.quiet and not options.json:
+            _print(reporter.table())
+        raise
     if options.json:
         _print(
             json.dumps(
@@ -103,11 +113,12 @@ def recipe_of(manifest: dict[str, Any]) -> Any:
 def validate(options: argparse.Namespace) -> int:
     """Climb the ladder on a finished bundle; 3 when a gate fails."""
     from export.validate import judge
+    from export.validate.ladder import RUNGS
     from targets import load_target
 
     torch.set_num_threads(options.threads)
     bundle = Bundle.open(options.bundle)
-    reporter = Reporter(quiet=options.quiet or options.json)
+    reporter = Reporter(quiet=options.quiet, json_lines=options.json)
     checkpoint = open_source(bundle, options.checkpoint)
     config = model_config(bundle, checkpoint)
     report = judge.judge(
@@ -119,11 +130,13 @@ def validate(options: argparse.Namespace) -> int:
         bundle.manifest,
         options.threads,
         reporter.stage,
-        rungs=tuple(options.rung or judge.RUNGS),
+        rungs=tuple(options.rung or RUNGS),
         with_latency=options.update or not options.rung,
     )
     if options.update:
         update(bundle, report)
+    if options.report is not None:
+        options.report.write_text(dump(report), encoding="utf-8")
     _print(json.dumps(report) if options.json else parity_table(report))
     if not report["passed"]:
         sys.stderr.write(f"error: gates failed: {'; '.join(judge.failures(report))}\n")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from export.bundle.writer import BundleWriter
+from export.chat.template import write_tokenizer
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.checkpoint.weights import Weights
-from export.chat.template import write_tokenizer
 from export.model.config import ModelConfig
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe, load_recipe
@@ -94,11 +94,11 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
                 judge.write_reports(writer, manifest, report)
         writer.add("README.md", "card").write_text(card.render(manifest, report), encoding="utf-8")
         manifest["status"] = "validated" if report is not None and passed else "unvalidated"
-        path = writer.commit(manifest, accepted=passed)
+        final = writer.commit(manifest, accepted=passed)
     if not passed and report is not None:
         worst = "; ".join(judge.failures(report))
-        raise GateError(f"the bundle was written to {path} but failed its gates: {worst}")
-    return Result(path, manifest, report)
+        raise GateError(f"the bundle was written to {final} but failed its gates: {worst}")
+    return Result(final, manifest, report)
 
 
 def check_request(spec: ExportSpec, target: Target, weights: Weights, recipe: Recipe) -> None:
@@ -114,7 +114,9 @@ def check_request(spec: ExportSpec, target: Target, weights: Weights, recipe: Re
                 f"{target.name} cannot store role {role!r} in {setting.bits} bits; it can {sorted(able.bits)}"
             )
         if not setting.symmetric and not able.asymmetric:
-            raise UsageError(f"{target.name} has no zero points at 4 bits; choose a symmetric recipe, not {recipe.name}")
+            raise UsageError(
+                f"{target.name} has no zero points at 4 bits; recipe {recipe.name} needs them: choose another"
+            )
     recipe.check(
         (p.name.removesuffix(".weight"), p.role, p.shape[1])
         for p in weights.parameters.values()
@@ -158,7 +160,7 @@ def describe(
     source = {"revision": None, "seed": None, **checkpoint.source}
     return {
         "schema_version": "1.0",
-        "name": default_name(spec),
+        "name": spec.name,
         "status": "unvalidated",
         "model": {
             "family": "qwen3.5",
@@ -188,14 +190,6 @@ def describe(
         "built_with": built_with(),
         "session_options": lowered.session_options,
     }
-
-
-def default_name(spec: ExportSpec) -> str:
-    """qwen3.5-2b-onnx-int4, with -base for base models."""
-    variant = "-base" if spec.base else ""
-    recipe = Path(spec.recipe).stem if spec.recipe.endswith(".toml") else spec.recipe
-    group = f"-g{spec.group_size}" if spec.group_size else ""
-    return f"qwen3.5-{spec.size}{variant}-{spec.target}-{recipe}{group}".lower()
 
 
 def built_with() -> dict[str, str]:

@@ -1,14 +1,16 @@
-"""Telling the user what happens: bars on a terminal, nothing when quiet, and a table of time and memory.
+"""Telling the user what happens: bars on a terminal, lines elsewhere, JSON lines for machines, or nothing.
 
-Bars go to stderr, so that stdout carries only results.
+All of it goes to stderr, so that stdout carries only results. Whatever is shown, wall time and peak memory of
+every stage are recorded for the table at the end of an export.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +21,10 @@ SAMPLE_SECONDS = 0.1
 
 
 class Bar(Protocol):
-    def advance(self, count: int) -> None: ...
+    """Where a stage reports how far it is."""
+
+    def advance(self, count: int) -> None:
+        """`count` more units of the stage's total are done."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,12 @@ class StageRecord:
     peak_bytes: int
 
 
-class _Silent:
+class _Callback:
+    def __init__(self, callback: Callable[[int], None]) -> None:
+        self._callback = callback
+
     def advance(self, count: int) -> None:
-        pass
+        self._callback(count)
 
 
 class _Sampler(threading.Thread):
@@ -41,82 +49,114 @@ class _Sampler(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.peak = 0
+        self._peak = 0
         self._done = threading.Event()
         self._process = psutil.Process()
+        self._before = _lifetime_peak()
+        self._sample()
 
     def run(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
-            self.sample()
+            self._sample()
 
-    def sample(self) -> None:
+    def _sample(self) -> None:
         total = 0
         for process in [self._process, *self._process.children(recursive=True)]:
             try:
                 total += process.memory_info().rss
             except psutil.Error:
                 continue  # a child that has just ended
-        self.peak = max(self.peak, total)
+        self._peak = max(self._peak, total)
 
     def stop(self) -> int:
+        """Peak in bytes since the start."""
         self._done.set()
         self.join()
-        self.sample()
-        return self.peak
+        self._sample()
+        # The kernel's own maximum sees a spike between two samples, if this stage is the one that raised it.
+        after = _lifetime_peak()
+        return max(self._peak, after) if after > self._before else self._peak
+
+
+def _lifetime_peak() -> int:
+    """Most resident memory this process ever had, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Reporter:
-    """Progress of one command; `quiet` shows nothing but still records."""
+    """Progress of one command; `quiet` shows nothing but still records, `json_lines` is for machines."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, json_lines: bool = False) -> None:
         self.quiet = quiet
+        self.json_lines = json_lines
         self.stages: list[StageRecord] = []
         self.notices: list[str] = []
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Bar]:
+        """A stage of the work; `total` is in the units that `advance` counts."""
         sampler, begin = _Sampler(), time.perf_counter()
         sampler.start()
+        self._event("start", stage=name, total=total)
         try:
             with self._bar(name, total) as bar:
                 yield bar
         finally:
-            peak = sampler.stop()
-            self.stages.append(StageRecord(name, time.perf_counter() - begin, peak))
+            record = StageRecord(name, time.perf_counter() - begin, sampler.stop())
+            self.stages.append(record)
+            self._event("end", stage=name, seconds=round(record.seconds, 3), peak_bytes=record.peak_bytes)
 
     def notice(self, text: str) -> None:
+        """Something the user should know that is no error."""
         self.notices.append(text)
-        if not self.quiet:
+        self._event("notice", text=text)
+        if not self.quiet and not self.json_lines:
             sys.stderr.write(f"note: {text}\n")
+
+    def _event(self, event: str, **fields: Any) -> None:
+        if self.json_lines and not self.quiet:
+            sys.stderr.write(json.dumps({"event": event, **fields}) + "\n")
+            sys.stderr.flush()
 
     @contextmanager
     def _bar(self, name: str, total: int | None) -> Iterator[Bar]:
-        if self.quiet:
-            yield _Silent()
+        if self.quiet or self.json_lines:
+            yield _Callback(lambda count: None)
             return
         if not sys.stderr.isatty():
             sys.stderr.write(f"{name} …\n")
-            yield _Silent()
+            yield _Callback(lambda count: None)
             return
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-        columns: list[Any] = [TextColumn("{task.description:<14}"), BarColumn(), TimeElapsedColumn()]
+        columns = (
+            TextColumn("{task.description:<14}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True)) as display:
             task = display.add_task(name, total=total)
-
-            class Live:
-                def advance(self, count: int) -> None:
-                    display.advance(task, count)
-
-            yield Live()
+            yield _Callback(lambda count: display.advance(task, count))
+            if total is not None:
+                display.update(task, completed=total)
 
     def table(self) -> str:
         """Time and peak memory of every stage, for the end of an export."""
         lines = [f"{'stage':<16}{'seconds':>9}{'peak memory':>14}"]
         for stage in self.stages:
             lines.append(f"{stage.name:<16}{stage.seconds:>9.1f}{stage.peak_bytes / 2**30:>10.2f} GiB")
+        seconds = sum(stage.seconds for stage in self.stages)
+        peak = max((stage.peak_bytes for stage in self.stages), default=0)
+        lines.append(f"{'all':<16}{seconds:>9.1f}{peak / 2**30:>10.2f} GiB")
         return "\n".join(lines)
 
     def as_json(self) -> list[dict[str, Any]]:
+        """The recorded stages."""
         return [{"stage": s.name, "seconds": s.seconds, "peak_bytes": s.peak_bytes} for s in self.stages]

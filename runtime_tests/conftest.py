@@ -64,7 +64,8 @@ class MemoryCheckpoint:
         self.config = config
         self.source = {"kind": "random", "id": "memory", "revision": None, "seed": seed}
         torch.manual_seed(seed)
-        model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(**copy.deepcopy(config))).eval()
+        model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(**copy.deepcopy(config)))
+        model.train(False)
         self.hf = model
         self.tensors: dict[str, torch.Tensor] = {}
         for name, tensor in model.state_dict().items():

@@ -11,7 +11,7 @@ import torch
 from export.checkpoint.weights import Weights
 from export.model.positions import PositionCounter, PromptError, splice
 from export.validate import metrics, reference
-from export.validate.ladder import make_plan, state_errors
+from export.validate.ladder import make_plan, prefilled, state_errors
 from export.validate.probe import make_probe
 
 LIMIT = 2e-5
@@ -55,9 +55,9 @@ def test_streamed_reference_equals_the_whole_transformers_model(checkpoint: Any)
 def test_own_modules_equal_transformers_after_chunks_images_and_steps(checkpoint: Any) -> None:
     config, tokens = checkpoint.model_config, 140
     probe, rows = sequence(checkpoint, tokens)
-    truth, states = reference.hf_sequence(checkpoint, config, rows, probe.positions)
     weights = Weights(checkpoint, config)
     plan = make_plan(tokens, (16, 64))
+    truth, states = reference.hf_sequence(checkpoint, config, rows, probe.positions, prefilled(plan))
     assert any(length and valid < length for length, valid in plan), "the plan must hold a padded chunk"
     own, own_states = reference.own_sequence(weights, rows, probe.positions, plan, tokens + 63)
     assert metrics.relative(truth, own) < LIMIT
@@ -70,7 +70,7 @@ def test_own_modules_equal_transformers_after_chunks_images_and_steps(checkpoint
 def test_512_decode_steps_do_not_drift(small: Any) -> None:
     probe = make_probe(small.model_config, 600, SIZES)
     _, rows = sequence(small, 600)
-    truth, states = reference.hf_sequence(small, small.model_config, rows, probe.positions)
+    truth, states = reference.hf_sequence(small, small.model_config, rows, probe.positions, 88)
     plan: list[tuple[int | None, int]] = [(64, 64), (64, 24), *[(None, 1)] * 512]
     own, own_states = reference.own_sequence(
         Weights(small, small.model_config), rows, probe.positions, plan, 700

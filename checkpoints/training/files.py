@@ -47,7 +47,11 @@ TEMPLATE = """\
 {%- endif %}
 {%- else %}
 {%- for item in message.content %}
-{%- if item.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}{%- else %}{{- item.text }}{%- endif %}
+{%- if item.type == 'image' %}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- else %}
+{{- item.text }}
+{%- endif %}
 {%- endfor %}
 {%- endif %}
 {{- '<|im_end|>\\n' }}
@@ -57,7 +61,11 @@ TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}
 {{- '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and enable_thinking is true %}{{- '<think>\\n' }}{%- else %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- if enable_thinking is defined and enable_thinking is true %}
+{{- '<think>\\n' }}
+{%- else %}
+{{- '<think>\\n\\n</think>\\n\\n' }}
+{%- endif %}
 {%- endif %}
 """
 
@@ -65,7 +73,8 @@ TEMPLATE = """\
 def corpus() -> list[str]:
     """Text the merges are learned from: the words of the task, but no glyph strings."""
     words = [f" {word}" for word in (*task.COLOURS, *task.SHAPES, "top", "bottom", "left", "right", "is")]
-    prompts = ["What is top left?", "Read.", "Keep", "What is", "user\n", "assistant\n", "system\n", "OK", *task.COLOURS]
+    prompts = ["What is top left?", "Read.", "Keep", "What is", "user\n", "assistant\n", "system\n", "OK"]
+    prompts += task.COLOURS
     return (words + prompts) * 40 + [f" {key}" for key in task.KEYS] * 60
 
 

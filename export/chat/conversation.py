@@ -212,7 +212,8 @@ class Conversation:
         The stop token is not returned and not yet in the state: a next turn feeds it first.
         """
         stops = set(self.contract.stop_token_ids if stop is None else stop)
-        logits, new = self.feed(ids, images), []
+        logits = self.feed(ids, images)
+        new: list[int] = []
         while len(new) < max_new_tokens:
             token = sampler(logits)
             if token in stops:

@@ -51,6 +51,7 @@ class TorchSession:
         self.context_length = context_length
         self.prefill_lengths = prefill_lengths
         self.rows = state.cache_rows(context_length, prefill_lengths)
+        self._states: list[Tensor] = []
         self.reset()
 
     def run(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:

@@ -23,7 +23,8 @@ PAGE = """<!doctype html>
 <h1>{{ m.name }}</h1>
 <p class="sub">Qwen3.5 {{ m.model.size }} ({{ m.model.variant }}), {{ m.target.runtime }} ≥ {{ m.target.min_version }},
  recipe {{ m.quantization.recipe }}, context {{ m.context_length }}.
- Verdict: <span class="{{ 'PASS' if r.passed else 'FAIL' }}">{{ 'every gate passed' if r.passed else 'rejected' }}</span></p>
+ Verdict: <span class="{{ 'PASS' if r.passed else 'FAIL' }}">
+ {{ 'every gate passed' if r.passed else 'rejected' }}</span></p>
 {% for name, rung in r.rungs.items() %}
 <h2>{{ name }} <span class="{{ rung.status }}">{{ rung.status }}</span></h2>
 <p class="sub">{{ meaning[name] }}</p>
@@ -37,7 +38,8 @@ PAGE = """<!doctype html>
 {% for who in ("bundle", "reference") %}{% if r.latency[who] %}<tr><td>{{ who }}</td>
 <td class="n">{{ number(r.latency[who].prefill.tokens_per_s_median) }}</td>
 <td class="n">{{ number(r.latency[who].decode.tokens_per_s_median) }}</td></tr>{% endif %}{% endfor %}</table>
-<p class="sub">Median, {{ r.latency.bundle.decode.threads }} threads, wall clock of the machine that built the bundle.</p>
+<p class="sub">Median, {{ r.latency.bundle.decode.threads }} threads, wall clock of the machine that built
+ the bundle.</p>
 {% endif %}
 </body></html>
 """

@@ -103,13 +103,20 @@ class Case:
     @cached_property
     def truth(self) -> tuple[NDArray[np.float32], Arrays]:
         """transformers' fp32 logits [T, V] and final states on the probe."""
-        return reference.hf_sequence(self.checkpoint, self.config, self.embedded, self.probe.positions)
+        return reference.hf_sequence(
+            self.checkpoint, self.config, self.embedded, self.probe.positions, prefilled(self.plan)
+        )
 
 
 def make_plan(tokens: int, lengths: tuple[int, ...]) -> list[tuple[int | None, int]]:
     prefill = max(1, tokens // 2 + 3)
     steps: list[tuple[int | None, int]] = list(chunks(min(prefill, tokens), lengths))
     return steps + [(None, 1)] * (tokens - min(prefill, tokens))
+
+
+def prefilled(plan: list[tuple[int | None, int]]) -> int:
+    """Tokens that a plan feeds in chunks."""
+    return sum(valid for length, valid in plan if length is not None)
 
 
 def state_errors(config: ModelConfig, truth: Arrays, states: Arrays, tokens: int) -> dict[str, float]:
@@ -309,7 +316,7 @@ def l3(case: Case) -> Rung:
     if case.drift_steps:
         checks += _drift(case, session, series)
     if case.task is not None:
-        checks += _task(case, session, contract, quality_check, series)
+        checks += _task(case, case.task, session, contract, quality_check, series)
     session.close()
     return Rung("L3", checks, series)
 
@@ -319,7 +326,7 @@ def _drift(case: Case, session: Session, series: dict[str, Any]) -> list[Check]:
     steps = min(case.drift_steps, int(case.manifest["context_length"]))
     probe = make_probe(case.config, steps, (), seed=1)
     rows = reference.embed(case.checkpoint, probe.ids)
-    truth, _ = reference.hf_sequence(case.checkpoint, case.config, rows, probe.positions)
+    truth, _ = reference.hf_sequence(case.checkpoint, case.config, rows, probe.positions, 1)
     logits = np.stack(replay(session, rows, probe.positions, [(None, 1)] * steps, junk=0.0))
     kl = metrics.kl(truth, logits)
     quarter = steps // 4
@@ -330,6 +337,7 @@ def _drift(case: Case, session: Session, series: dict[str, Any]) -> list[Check]:
 
 def _task(
     case: Case,
+    task: Callable[[Any], dict[str, float]],
     session: Session,
     contract: Contract,
     quality_check: Callable[[str, float], Check],
@@ -338,11 +346,10 @@ def _task(
     """Exact answers on the checkpoint's own task, fp32 PyTorch beside the bundle."""
     from export.model.session import Model, TorchSession
 
-    assert case.task is not None
     if case.task_reference is None:
         own = TorchSession(Model.load(case.weights), contract.context_length, contract.prefill_lengths)
-        case.task_reference = case.task(generator(own, contract))
-    scores = case.task(generator(session, contract))
+        case.task_reference = task(generator(own, contract))
+    scores = task(generator(session, contract))
     series["task"] = {"reference": case.task_reference, "bundle": scores}
     drops = [100 * (case.task_reference[name] - score) for name, score in scores.items()]
     checks = [quality_check("task_drop", float(np.mean(drops)))]

@@ -35,7 +35,7 @@ def hf_config(checkpoint: Checkpoint, config: ModelConfig) -> Any:
     raw = copy.deepcopy(dict(checkpoint.config))
     raw["text_config"]["num_hidden_layers"] = config.text.num_hidden_layers
     raw["text_config"]["layer_types"] = list(config.text.layer_types)
-    result = Qwen3_5Config(**{k: v for k, v in raw.items() if k != "architectures"})
+    result: Any = Qwen3_5Config(**{k: v for k, v in raw.items() if k != "architectures"})
     result._attn_implementation = "eager"
     result.text_config._attn_implementation = "eager"
     return result
@@ -92,9 +92,16 @@ def _on_meta(make: Any) -> Any:
 
 @torch.inference_mode()
 def hf_sequence(
-    checkpoint: Checkpoint, config: ModelConfig, rows: NDArray[Any], position_ids: NDArray[Any]
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    rows: NDArray[Any],
+    position_ids: NDArray[Any],
+    prefill: int | None = None,
 ) -> tuple[NDArray[np.float32], Arrays]:
     """transformers fp32 over embeddings rows [T, D] at positions [3, T].
+
+    The first `prefill` tokens (None: all) go in at once, the others one by one through the cache, as
+    generation does: its recurrent step rounds differently from its chunks, which sum logarithms of decay.
 
     Returns:
         logits [T, V] and the state after the last token, named and shaped as in `export.model.state`
@@ -108,20 +115,26 @@ def hf_sequence(
     tokens = hidden.shape[1]
     rotary = hf.Qwen3_5TextRotaryEmbedding(settings)
     tables = rotary(hidden, torch.from_numpy(position_ids).to(torch.int64).unsqueeze(1))
-    mask = torch.full((tokens, tokens), torch.finfo(torch.float32).min).triu(1)[None, None]
-    cache = DynamicCache(config=settings)
+    first = tokens if prefill is None else min(prefill, tokens)
+    mask = torch.full((first, first), torch.finfo(torch.float32).min).triu(1)[None, None]
+    cache: Any = DynamicCache(config=settings)
     states: Arrays = {}
     for index, kind in enumerate(config.text.layer_types):
         layer = _on_meta(lambda i=index: hf.Qwen3_5DecoderLayer(settings, i))
         load_module(layer, checkpoint, f"{TEXT}.layers.{index}")
         full = kind == FULL
-        hidden = layer(
-            hidden,
-            position_embeddings=tables,
-            attention_mask=mask if full else None,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        parts = []
+        for part in [slice(0, first), *(slice(t, t + 1) for t in range(first, tokens))]:
+            parts.append(
+                layer(
+                    hidden[:, part],
+                    position_embeddings=(tables[0][:, part], tables[1][:, part]),
+                    attention_mask=mask if full and part.start == 0 else None,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            )
+        hidden = torch.cat(parts, dim=1)
         if full:
             states[f"key_{index}"] = cache.layers[index].keys[0].numpy()
             states[f"value_{index}"] = cache.layers[index].values[0].numpy()

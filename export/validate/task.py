@@ -75,7 +75,7 @@ def draw_glyphs(text: str, size: tuple[int, int], random: np.random.Generator) -
     height, width = size
     ground, ink = random.uniform(0, 0.35, 3), random.uniform(0.65, 1.0, 3)
     picture = np.tile(ground, (height, width, 1))
-    dot = 2 if width < 96 else 3
+    dot = 3
     span = len(text) * 6 * dot - dot
     left = int(random.integers(1, max(2, width - span)))
     top = int(random.integers(1, height - 7 * dot))
@@ -109,7 +109,7 @@ def draw_objects(objects: dict[str, tuple[str, str]], size: tuple[int, int], ran
 
 
 def glyphs(random: np.random.Generator, size: tuple[int, int]) -> Sample:
-    text = "".join(random.choice(list(GLYPHS), int(random.integers(2, 5))))
+    text = "".join(random.choice(list(GLYPHS), int(random.integers(2, 4))))
     return Sample([draw_glyphs(text, size, random)], [_ask("Read.", True)], text)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,10 +48,11 @@ class WeightFile:
         if resume and path.exists() and self._journal_path.exists():
             self._read_journal()
         end = max((s.offset + s.length for s in self._stored.values()), default=0)
-        self._file = open(path, "r+b" if self._stored else "wb")
+        # Both files stay open for as long as the object; __exit__ closes them.
+        self._file = open(path, "r+b" if self._stored else "wb")  # noqa: SIM115
         self._file.truncate(end)
         self._file.seek(end)
-        self._journal = open(self._journal_path, "a" if self._stored else "w")
+        self._journal = open(self._journal_path, "a" if self._stored else "w")  # noqa: SIM115
 
     def _read_journal(self) -> None:
         size = self.path.stat().st_size
@@ -81,7 +81,7 @@ class WeightFile:
         for chunk in chunks:
             if chunk.dtype != dtype:
                 raise TypeError(f"{key}: chunk of {chunk.dtype}, expected {dtype}")
-            self._file.write(memoryview(np.ascontiguousarray(chunk)).cast("B"))
+            self._file.write(np.ascontiguousarray(chunk).data.cast("B"))
             count += chunk.size
         stored = Stored(helper.np_dtype_to_tensor_dtype(dtype), offset, self._file.tell() - offset, count)
         self._file.flush()
@@ -99,7 +99,7 @@ class WeightFile:
         self._file.close()
         self._journal.close()
         if kind is None:
-            os.remove(self._journal_path)
+            self._journal_path.unlink()
 
 
 class Graph:

@@ -132,9 +132,8 @@ def _signatures(
         entry["inputs"].append(_tensor("valid", (1,)))
         entry["stages"] = [stage("decoder.onnx", [*names, "valid"], "logits", states=bindings)]
         signatures[f"prefill_{length}"] = entry
+    side = job.config.vision.pixels_per_token if job.config.vision is not None else 1
     for height, width in images:
-        assert job.config.vision is not None
-        side = job.config.vision.pixels_per_token
         count = (height // side) * (width // side)
         signatures[f"vision_{height}x{width}"] = {
             "inputs": [_tensor("image", (1, 3, height, width))],

@@ -114,6 +114,11 @@ def shape_of(node: Node) -> Shape:
     return dims(node.meta["val"].shape)
 
 
+def operands(node: Node) -> tuple[Any, ...]:
+    """Arguments of a node: nodes, numbers, lists; their types are those of the operator's schema."""
+    return node.args
+
+
 def dims(shape: Any) -> Shape:
     return tuple(d if isinstance(d, int) else "C" for d in shape)
 
@@ -124,26 +129,26 @@ def flat_heads(shape: Shape) -> Shape:
 
 
 def _getitem(low: Lowering, node: Node) -> None:
-    source, index = node.args
-    low.define(node, low.results[source, index])  # type: ignore[index]
+    source, index = operands(node)
+    low.define(node, low.results[source, index])
 
 
 def _reshape(low: Lowering, node: Node) -> None:
-    low.define(node, low.values[node.args[0]])  # type: ignore[index]
+    low.define(node, low.values[operands(node)[0]])
 
 
 def _transpose(low: Lowering, node: Node) -> None:
     """Only the exchange of heads and tokens around attention, whose kernel takes packed heads."""
-    low.define(node, low.values[node.args[0]])  # type: ignore[index]
+    low.define(node, low.values[operands(node)[0]])
     attention = "aten.scaled_dot_product_attention.default"
-    source = node.args[0]
+    source = operands(node)[0]
     users = {str(user.target) for user in node.users}
-    if str(source.target) != attention and users != {attention}:  # type: ignore[union-attr]
+    if str(source.target) != attention and users != {attention}:
         raise ValueError(f"onnx lowers transpose only around attention; {node.name} feeds {sorted(users)}")
 
 
 def _add(low: Lowering, node: Node) -> None:
-    left, right = node.args[0], node.args[1]
+    left, right = operands(node)[0], operands(node)[1]
     a, b = low.value(left), low.value(right)
     if any(str(user.target) == "mobile.rms_norm.default" for user in node.users):
         low.pending_sums[node] = (a, b)  # the norm's kernel adds, and hands the sum on
@@ -153,7 +158,7 @@ def _add(low: Lowering, node: Node) -> None:
 
 def _binary(op: str) -> Emitter:
     def emit(low: Lowering, node: Node) -> None:
-        inputs = [low.value(arg) for arg in node.args]
+        inputs = [low.value(arg) for arg in operands(node)]
         low.define(node, low.graph.apply(op, inputs, shape_of(node)))
 
     return emit
@@ -161,7 +166,7 @@ def _binary(op: str) -> Emitter:
 
 def _unary(op: str, domain: str = "", **attributes: Any) -> Emitter:
     def emit(low: Lowering, node: Node) -> None:
-        x = low.value(node.args[0])
+        x = low.value(operands(node)[0])
         low.define(node, low.graph.apply(op, [x], shape_of(node), domain=domain, **attributes))
 
     return emit
@@ -169,12 +174,12 @@ def _unary(op: str, domain: str = "", **attributes: Any) -> Emitter:
 
 def _gelu(low: Lowering, node: Node) -> None:
     approximate = node.kwargs.get("approximate", "none")
-    x = low.value(node.args[0])
+    x = low.value(operands(node)[0])
     low.define(node, low.graph.apply("Gelu", [x], shape_of(node), approximate=approximate))
 
 
 def _split(low: Lowering, node: Node) -> None:
-    source, sizes = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+    source, sizes = operands(node)[0], list(operands(node)[1])
     x = low.value(source)
     lead = low.graph.shapes[x][:-1]
     names = low.graph.node(
@@ -188,9 +193,9 @@ def _split(low: Lowering, node: Node) -> None:
 
 
 def _linear(low: Lowering, node: Node) -> None:
-    weight = node.args[1]
-    bias = node.args[2] if len(node.args) > 2 else None
-    low.define(node, low.linear(low.value(node.args[0]), weight, bias))  # type: ignore[arg-type]
+    weight = operands(node)[1]
+    bias = operands(node)[2] if len(operands(node)) > 2 else None
+    low.define(node, low.linear(low.value(operands(node)[0]), weight, bias))
 
 
 def _simplified(low: Lowering, x: str, weight: str, eps: float) -> str:
@@ -200,18 +205,18 @@ def _simplified(low: Lowering, x: str, weight: str, eps: float) -> str:
 
 
 def _rms_norm(low: Lowering, node: Node) -> None:
-    source, weight, eps = node.args
-    gamma = low.float_weight(weight)  # type: ignore[arg-type]
+    source, weight, eps = operands(node)
+    gamma = low.float_weight(weight)
     if source not in low.pending_sums:
-        low.define(node, _simplified(low, low.value(source), gamma, eps))  # type: ignore[arg-type]
+        low.define(node, _simplified(low, low.value(source), gamma, eps))
         return
-    a, b = low.pending_sums.pop(source)  # type: ignore[arg-type]
+    a, b = low.pending_sums.pop(source)
     shape = shape_of(node)
     normed, _, _, total = low.graph.node(
         "SkipSimplifiedLayerNormalization", [a, b, gamma], [shape, None, None, shape], domain=MICROSOFT, epsilon=eps
     )
     low.define(node, normed)
-    low.define(source, total)  # type: ignore[arg-type]
+    low.define(source, total)
 
 
 def _silu_of(low: Lowering, x: str) -> str:
@@ -219,8 +224,8 @@ def _silu_of(low: Lowering, x: str) -> str:
 
 
 def _gated_rms_norm(low: Lowering, node: Node) -> None:
-    x, weight, gate, eps = node.args
-    normed = _simplified(low, low.value(x), low.float_weight(weight), eps)  # type: ignore[arg-type]
+    x, weight, gate, eps = operands(node)
+    normed = _simplified(low, low.value(x), low.float_weight(weight), eps)
     tokens, heads, width = shape_of(node)
     flat = (tokens, int(heads) * int(width))
     silu = _silu_of(low, low.value(gate, flat))
@@ -229,21 +234,21 @@ def _gated_rms_norm(low: Lowering, node: Node) -> None:
 
 def _l2_norm(low: Lowering, node: Node) -> None:
     """An RMS norm in disguise: sum = width · mean, so eps / width and scale / sqrt(width) are exact."""
-    x, eps, scale = node.args
+    x, eps, scale = operands(node)
     width = int(shape_of(node)[-1])
-    weight = low.graph.constant(np.full(width, float(scale) * width**-0.5), np.float32)  # type: ignore[arg-type]
-    low.define(node, _simplified(low, low.value(x), weight, float(eps) / width))  # type: ignore[arg-type]
+    weight = low.graph.constant(np.full(width, float(scale) * width**-0.5), np.float32)
+    low.define(node, _simplified(low, low.value(x), weight, float(eps) / width))
 
 
 def _rotary_table(low: Lowering, node: Node) -> None:
-    positions, theta, dim, sections, _ = node.args
-    half = int(dim) // 2  # type: ignore[call-overload]
+    positions, theta, dim, sections, _ = operands(node)
+    half = int(dim) // 2
     index = np.arange(half)
     axis = np.zeros(half, np.int64)
-    axis[(index % 3 == 1) & (index < 3 * sections[1])] = 1  # type: ignore[index]
-    axis[(index % 3 == 2) & (index < 3 * sections[2])] = 2  # type: ignore[index]
-    exponent = torch.arange(half, dtype=torch.float32) * 2 / dim  # type: ignore[operator]
-    frequency = (1.0 / (theta**exponent)).reshape(half, 1).numpy()  # type: ignore[operator]
+    axis[(index % 3 == 1) & (index < 3 * sections[1])] = 1
+    axis[(index % 3 == 2) & (index < 3 * sections[2])] = 2
+    exponent = torch.arange(half, dtype=torch.float32) * 2 / dim
+    frequency = (1.0 / (theta**exponent)).reshape(half, 1).numpy()
     graph, x = low.graph, low.value(positions)
     tokens = graph.shapes[x][-1]
     as_float = graph.apply("Cast", [x], graph.shapes[x], to=TensorProto.FLOAT)
@@ -266,29 +271,29 @@ def _rotate(low: Lowering, x: str, cos: str, sin: str, heads: int, width: int) -
 
 
 def _rotary(low: Lowering, node: Node) -> None:
-    x, cos, sin = node.args
+    x, cos, sin = operands(node)
     shape = shape_of(node)
     packed = low.value(x, flat_heads(shape))
-    low.define(node, _rotate(low, packed, low.values[cos], low.values[sin], int(shape[1]), int(shape[2])))  # type: ignore[index]
+    low.define(node, _rotate(low, packed, low.values[cos], low.values[sin], int(shape[1]), int(shape[2])))
 
 
 def _grid_rotary(low: Lowering, node: Node) -> None:
-    x, rows, columns, merge, theta = node.args
+    x, rows, columns, merge, theta = operands(node)
     shape = shape_of(node)
-    cos, sin = grid_rotary_table(rows, columns, merge, int(shape[2]), theta, torch.device("cpu"))  # type: ignore[arg-type]
+    cos, sin = grid_rotary_table(rows, columns, merge, int(shape[2]), theta, torch.device("cpu"))
     tables = [low.graph.constant(t.unsqueeze(0).numpy(), np.float32) for t in (cos, sin)]
     packed = low.value(x, flat_heads(shape))
     low.define(node, _rotate(low, packed, tables[0], tables[1], int(shape[1]), int(shape[2])))
 
 
 def _causal_conv(low: Lowering, node: Node) -> None:
-    x, weight, state, valid = node.args
+    x, weight, state, valid = operands(node)
     graph = low.graph
-    channels, width = low.quantizer.weights.parameter(low.parameter_name(weight)).shape  # type: ignore[arg-type]
-    tokens = shape_of(x)[0]  # type: ignore[arg-type]
+    channels, width = low.quantizer.weights.parameter(low.parameter_name(weight)).shape
+    tokens = shape_of(x)[0]
     rows = low.value(x, (1, tokens, channels))
-    past = low.values[state]  # type: ignore[index]
-    kernel = low.float_weight(weight, (channels, 1, width))  # type: ignore[arg-type]
+    past = low.values[state]
+    kernel = low.float_weight(weight, (channels, 1, width))
     y, present = graph.node(
         "CausalConvWithState",
         [rows, kernel, "", past],
@@ -303,7 +308,7 @@ def _causal_conv(low: Lowering, node: Node) -> None:
         return
     # The kernel remembers the last rows of the chunk, padding included: take the last *valid* ones instead.
     keep = width - 1
-    end = low.once("valid64", lambda: graph.apply("Cast", [low.values[valid]], (1,), to=TensorProto.INT64))  # type: ignore[index]
+    end = low.once("valid64", lambda: graph.apply("Cast", [low.values[valid]], (1,), to=TensorProto.INT64))
     zero, axis = graph.constant([0], np.int64), graph.constant([1], np.int64)
 
     def first() -> str:
@@ -318,16 +323,16 @@ def _causal_conv(low: Lowering, node: Node) -> None:
 
 
 def _delta_gates(low: Lowering, node: Node) -> None:
-    a, b, decay_scale, dt_bias, valid = node.args
+    a, b, decay_scale, dt_bias, valid = operands(node)
     graph = low.graph
-    tokens, heads = shape_of(a)  # type: ignore[arg-type]
+    tokens, heads = shape_of(a)
     shape: Shape = (1, tokens, heads)
     gates = graph.node(
         "LinearAttentionGate",
         [
             low.value(a, shape),
-            low.float_weight(dt_bias),  # type: ignore[arg-type]
-            low.float_weight(decay_scale),  # type: ignore[arg-type]
+            low.float_weight(dt_bias),
+            low.float_weight(decay_scale),
             low.value(b, shape),
         ],
         [shape, shape],
@@ -335,7 +340,7 @@ def _delta_gates(low: Lowering, node: Node) -> None:
     )
     for place, gate in enumerate(gates):
         if valid is not None:
-            gate = graph.apply("Mul", [gate, low.once("real", lambda: _real_rows(low, valid, tokens))], shape)  # type: ignore[arg-type]
+            gate = graph.apply("Mul", [gate, low.once("real", lambda: _real_rows(low, valid, tokens))], shape)
         low.results[node, place] = gate
 
 
@@ -363,8 +368,8 @@ def _tokens(low: Lowering) -> str:
 
 
 def _gated_delta(low: Lowering, node: Node) -> None:
-    q, k, v, g, beta, state = node.args
-    keys, values = shape_of(q), shape_of(v)  # type: ignore[arg-type]
+    q, k, v, g, beta, state = operands(node)
+    keys, values = shape_of(q), shape_of(v)
     tokens = values[0]
     outputs = low.graph.node(
         "LinearAttention",
@@ -372,7 +377,7 @@ def _gated_delta(low: Lowering, node: Node) -> None:
             low.value(q, flat_heads(keys)),
             low.value(k, flat_heads(keys)),
             low.value(v, flat_heads(values)),
-            low.values[state],  # type: ignore[index]
+            low.values[state],
             low.value(g, (1, tokens, values[1])),
             low.value(beta, (1, tokens, values[1])),
         ],
@@ -387,13 +392,13 @@ def _gated_delta(low: Lowering, node: Node) -> None:
 
 
 def _cached_attention(low: Lowering, node: Node) -> None:
-    q, k, v, key_cache, value_cache, start, scale = node.args
+    q, k, v, key_cache, value_cache, start, scale = operands(node)
     graph = low.graph
-    queries, keys = shape_of(q), shape_of(k)  # type: ignore[arg-type]
-    caches = [low.values[key_cache], low.values[value_cache]]  # type: ignore[index]
+    queries, keys = shape_of(q), shape_of(k)
+    caches = [low.values[key_cache], low.values[value_cache]]
 
     def total() -> str:
-        return graph.apply("Add", [low.values[start], _tokens(low)], (1,))  # type: ignore[index]
+        return graph.apply("Add", [low.values[start], _tokens(low)], (1,))
 
     after = low.once("total", total)
     last = low.once("last", lambda: graph.apply("Sub", [after, graph.constant([1], np.int32)], (1,)))
@@ -418,9 +423,9 @@ def _cached_attention(low: Lowering, node: Node) -> None:
 
 
 def _last_valid(low: Lowering, node: Node) -> None:
-    x, valid = node.args
+    x, valid = operands(node)
     graph = low.graph
-    row = graph.apply("Sub", [low.values[valid], graph.constant([1], np.int32)], (1,))  # type: ignore[index]
+    row = graph.apply("Sub", [low.values[valid], graph.constant([1], np.int32)], (1,))
     low.define(node, graph.apply("Gather", [low.value(x), row], shape_of(node), axis=0))
 
 
@@ -428,7 +433,7 @@ def _attention(low: Lowering, node: Node) -> None:
     """Full attention over all patches; operands are [H, N, D] views of packed [1, N, H·D] values."""
     heads, tokens, width = shape_of(node)
     packed = (1, tokens, int(heads) * int(width))
-    inputs = [low.value(arg, packed) for arg in node.args[:3]]
+    inputs = [low.value(arg, packed) for arg in operands(node)[:3]]
     low.define(
         node,
         low.graph.apply("MultiHeadAttention", inputs, packed, domain=MICROSOFT, num_heads=heads),
@@ -436,15 +441,15 @@ def _attention(low: Lowering, node: Node) -> None:
 
 
 def _layer_norm(low: Lowering, node: Node) -> None:
-    x, _, weight, bias, eps = node.args[:5]
-    inputs = [low.value(x), low.float_weight(weight), low.float_weight(bias)]  # type: ignore[arg-type]
+    x, _, weight, bias, eps = operands(node)[:5]
+    inputs = [low.value(x), low.float_weight(weight), low.float_weight(bias)]
     low.define(
         node, low.graph.apply("LayerNormalization", inputs, shape_of(node), axis=-1, epsilon=eps)
     )
 
 
 def _normalize_image(low: Lowering, node: Node) -> None:
-    x, mean, std = node.args
+    x, mean, std = operands(node)
     scale = 1.0 / np.asarray(std, np.float64)
     shift = -np.asarray(mean, np.float64) * scale
     graph, shape = low.graph, shape_of(node)
@@ -453,35 +458,35 @@ def _normalize_image(low: Lowering, node: Node) -> None:
 
 
 def _patchify(low: Lowering, node: Node) -> None:
-    x, patch, merge = node.args
-    channels, height, width = (int(d) for d in shape_of(x))  # type: ignore[arg-type]
-    rows, columns = height // patch // merge, width // patch // merge  # type: ignore[operator]
+    x, patch, merge = operands(node)
+    channels, height, width = (int(d) for d in shape_of(x))
+    rows, columns = height // patch // merge, width // patch // merge
     split = (channels, rows, merge, patch, columns, merge, patch)
     order = [1, 4, 2, 5, 0, 3, 6]
     moved = low.graph.apply(
-        "Transpose", [low.value(x, split)], tuple(split[i] for i in order), perm=order  # type: ignore[arg-type]
+        "Transpose", [low.value(x, split)], tuple(split[i] for i in order), perm=order
     )
     low.define(node, moved)
 
 
 def _resample_positions(low: Lowering, node: Node) -> None:
     """Depends on a weight only: computed here, one table per image size."""
-    table, rows, columns, merge = node.args
-    parameter = low.parameter_name(table)  # type: ignore[arg-type]
+    table, rows, columns, merge = operands(node)
+    parameter = low.parameter_name(table)
     key = f"{parameter}|{rows}x{columns}"
     if key not in low.graph.weights:
-        resampled = resample_positions(low.quantizer.weights.tensor(parameter), rows, columns, merge)  # type: ignore[arg-type]
+        resampled = resample_positions(low.quantizer.weights.tensor(parameter), rows, columns, merge)
         low.graph.weights.write(key, np.dtype(np.float32), [resampled.numpy()])
     low.define(node, low.graph.stored(key, [int(d) for d in shape_of(node)]))
 
 
 def _embedding(low: Lowering, node: Node) -> None:
-    weight, ids = node.args
-    name = low.parameter_name(weight)  # type: ignore[arg-type]
+    weight, ids = operands(node)
+    name = low.parameter_name(weight)
     parameter, setting = low.quantizer.weights.parameter(name), low.quantizer.setting(name)
     graph, shape = low.graph, shape_of(node)
     if setting is None:
-        inputs = [low.float_weight(weight), low.value(ids)]  # type: ignore[arg-type]
+        inputs = [low.float_weight(weight), low.value(ids)]
         low.define(node, graph.apply("Gather", inputs, shape, axis=0))
         return
     packed, written = pack.store_linear(graph.weights, low.quantizer, parameter, setting)

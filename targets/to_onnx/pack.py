@@ -132,7 +132,7 @@ def pack_bits(values: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
         return values
     if values.shape[1] % 2:
         values = np.pad(values, ((0, 0), (0, 1)))
-    return values[:, 0::2] | (values[:, 1::2] << 4)
+    return values[:, 0::2] | (values[:, 1::2] << np.uint8(4))
 
 
 def _per_block(scales: NDArray[np.float32], blocks: int) -> NDArray[np.float32]:

@@ -90,7 +90,7 @@ class OnnxSession:
         stage = entry["stages"][0]
         if not stage.get("states"):
             session = self._open(stage["file"])
-            names = {contract: runtime for contract, runtime in stage["outputs"].items()}
+            names = stage["outputs"]
             feed = {runtime: inputs[contract] for contract, runtime in stage["inputs"].items()}
             return dict(zip(names, session.run(list(names.values()), feed), strict=True))
         session = self._open(stage["file"])
@@ -133,7 +133,7 @@ class OnnxSession:
             if array is None:
                 raise CallError(f"{signature} needs input {tensor['name']!r}; got {sorted(inputs)}")
             fits = len(array.shape) == len(tensor["shape"]) and all(
-                isinstance(want, str) or want == got for want, got in zip(tensor["shape"], array.shape)
+                isinstance(want, str) or want == got for want, got in zip(tensor["shape"], array.shape, strict=True)
             )
             if not fits or str(array.dtype) != tensor["dtype"]:
                 raise CallError(

@@ -25,7 +25,7 @@ def stored_weights(
     folder: Path, manifest: Mapping[str, Any], quantizer: Quantizer
 ) -> Iterator[tuple[str, tuple[int, Tensor]]]:
     """(parameter, (first row, float32 rows)) for every weight a graph of the bundle multiplies with."""
-    names = {}
+    names: dict[str, str] = {}
     for name, parameter in quantizer.weights.parameters.items():
         names.setdefault(storage_key(parameter, quantizer.setting(name)), name)
     files = {s["file"] for entry in manifest["signatures"].values() for s in entry["stages"]}

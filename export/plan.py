@@ -1,0 +1,245 @@
+"""`--dry-run`: what an export would build, how large it gets and how much memory it needs. Torch-free.
+
+Sizes are counted from the config's tensor shapes. Peak memory is an estimate fitted to measured exports; the
+table at the end of every export says what it really was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from export.checkpoint.names import expected
+from export.model.config import FULL, ModelConfig
+from export.quantize.recipe import Recipe, Setting, load_recipe
+from export.sizes import SIZES, TINY, check_size, hub_id, shipped_tiny
+from export.spec import ExportSpec, UsageError
+
+# Host memory of an export, measured on x86-64 with the recipes of recipes.toml (docs/LOG.md).
+RUNTIME_BYTES = 640 * 2**20
+"""Python, torch and onnx loaded, traced programs, row blocks in flight."""
+SCALE_COPIES = 3
+"""The scales of one tensor are collected, joined and written: that is what grows with the model."""
+
+_ROLES = (
+    (r"lm_head\.weight", "lm_head"),
+    (r".*\.embed_tokens\.weight", "embedding"),
+    (r".*\.linear_attn\.(in_proj_qkv|in_proj_z|out_proj)\.weight", "linear_attention"),
+    (r".*\.self_attn\.[qkvo]_proj\.weight", "decoder"),
+    (r"model\.language_model\..*\.mlp\.\w+_proj\.weight", "decoder"),
+    (r"model\.visual\.(blocks|merger)\..*(qkv|proj|linear_fc1|linear_fc2)\.weight", "vision"),
+)
+
+
+@dataclass(frozen=True)
+class RoleSize:
+    """How much of the model one role is; `bits` 32 means unquantised."""
+
+    role: str
+    parameters: int
+    bits: int
+    group_size: int | None
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be built."""
+
+    name: str
+    output: str
+    target: str
+    source: str
+    num_layers: int
+    context_length: int
+    prefill_lengths: tuple[int, ...]
+    image_sizes: tuple[tuple[int, int], ...]
+    signatures: tuple[str, ...]
+    roles: tuple[RoleSize, ...]
+    num_parameters: int
+    bundle_bytes: int
+    state_bytes: int
+    peak_memory_bytes: int
+    notes: tuple[str, ...]
+
+
+def role_of(name: str, tied: bool) -> str:
+    """Role of a published tensor in a recipe; "kept" is never quantised."""
+    for pattern, role in _ROLES:
+        if re.fullmatch(pattern, name):
+            return "lm_head" if role == "embedding" and tied else role
+    return "kept"
+
+
+def make(spec: ExportSpec) -> Plan:
+    """Count sizes and estimate memory; reads at most a config.json.
+
+    Raises:
+        ExportError: the spec cannot work with this config.
+    """
+    source, document, notes = _source(spec)
+    config = ModelConfig.from_dict(document).truncated(spec.num_layers)
+    if not spec.vision:
+        config = config.without_vision()
+    tied = config.text.tie_word_embeddings
+    recipe = load_recipe(spec.recipe, spec.group_size).for_model(tied)
+    shapes = expected(config)
+    recipe.check(
+        (name, role_of(name, tied), shape[1]) for name, shape in shapes.items() if role_of(name, tied) != "kept"
+    )
+    roles = role_sizes(shapes, recipe, tied)
+    weights = sum(role.size_bytes for role in roles)
+    images = spec.image_sizes if config.vision is not None else ()
+    if spec.output.exists() and not spec.overwrite:
+        notes += (f"{spec.output} exists: the export will need --overwrite or another -o",)
+    return Plan(
+        name=spec.name,
+        output=str(spec.output),
+        target=spec.target,
+        source=source,
+        num_layers=config.text.num_hidden_layers,
+        context_length=spec.context_length,
+        prefill_lengths=spec.prefill_lengths,
+        image_sizes=images,
+        signatures=(
+            "embed",
+            *(f"vision_{height}x{width}" for height, width in images),
+            *(f"prefill_{length}" for length in spec.prefill_lengths),
+            "decode",
+        ),
+        roles=roles,
+        num_parameters=sum(role.parameters for role in roles),
+        bundle_bytes=weights,
+        state_bytes=state_bytes(config, spec),
+        peak_memory_bytes=peak_bytes(config, shapes, recipe, weights, spec),
+        notes=notes,
+    )
+
+
+def role_sizes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, tied: bool) -> tuple[RoleSize, ...]:
+    """Parameters and stored bytes per role."""
+    counts: dict[str, int] = {}
+    for name, shape in shapes.items():
+        role = role_of(name, tied)
+        counts[role] = counts.get(role, 0) + math.prod(shape)
+    sizes = []
+    for role, count in sorted(counts.items()):
+        setting = recipe.roles.get(role, Setting(32))
+        sizes.append(RoleSize(role, count, setting.bits, setting.group_size, stored_bytes(count, setting)))
+    return tuple(sizes)
+
+
+def stored_bytes(count: int, setting: Setting) -> int:
+    """Bytes of codes, float32 scales and zero points; 8 bits repeat their channel's scale every 128 weights."""
+    codes = count * setting.bits // 8
+    if not setting.quantised:
+        return codes
+    groups = count // (setting.group_size or 128)
+    zeros = 0 if setting.symmetric else groups * setting.bits // 8
+    return codes + 4 * groups + zeros
+
+
+def state_bytes(config: ModelConfig, spec: ExportSpec) -> int:
+    """float32 states of one conversation."""
+    text = config.text
+    rows = spec.context_length + max(spec.prefill_lengths) - 1
+    full = sum(kind == FULL for kind in text.layer_types)
+    attention = 2 * text.num_key_value_heads * rows * text.head_dim
+    recurrent = text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
+    conv = text.conv_dim * (text.linear_conv_kernel_dim - 1)
+    return 4 * (full * attention + (len(text.layer_types) - full) * (recurrent + conv))
+
+
+def peak_bytes(
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    recipe: Recipe,
+    weight_bytes: int,
+    spec: ExportSpec,
+) -> int:
+    """Estimated peak resident memory of the export, validation included unless it is skipped."""
+    tied = config.text.tie_word_embeddings
+    scales = 0
+    for name, shape in shapes.items():
+        setting = recipe.roles.get(role_of(name, tied), Setting(32))
+        if setting.quantised:
+            scales = max(scales, 4 * math.prod(shape) // (setting.group_size or 128))
+    peak = RUNTIME_BYTES + SCALE_COPIES * scales
+    if not spec.skip_validation:
+        # The bundle's runtime holds all weights, next to one fp32 layer of the reference and both states.
+        layers: dict[str, int] = {}
+        for name, shape in shapes.items():
+            layer = ".".join(name.split(".")[:4])
+            layers[layer] = layers.get(layer, 0) + 4 * math.prod(shape)
+        layers.pop("model.language_model.embed_tokens.weight", None)  # only its used rows are read
+        largest = max(size for layer, size in layers.items() if ".layers." in layer)
+        peak += weight_bytes + 2 * largest + 2 * state_bytes(config, spec)
+    return peak
+
+
+def _source(spec: ExportSpec) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
+    """What the weights are, a config.json for them, and notes."""
+    published = SIZES[spec.size].config
+    if spec.checkpoint == "random":
+        return f"random weights, seed {spec.seed}", published or _read_config(shipped_tiny()), ()
+    if spec.checkpoint is None and spec.size == TINY:
+        return "the shipped tiny checkpoint", _read_config(shipped_tiny()), ()
+    if spec.checkpoint is not None and Path(spec.checkpoint).exists():
+        document = _read_config(Path(spec.checkpoint))
+        check_size(spec.size, document)
+        return str(spec.checkpoint), document, ()
+    name = spec.checkpoint or hub_id(spec.size, spec.base)
+    if published is None:
+        raise UsageError(f"--dry-run cannot know the size of {name} without downloading it; give a local folder")
+    note = "nothing was downloaded: the dimensions are those this package knows of the size"
+    return f"{name} at {spec.revision or 'the default revision'}", published, (note,)
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    path = folder / "config.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; give the folder of a published checkpoint") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid JSON ({error}); take it from the published checkpoint") from error
+    if not isinstance(document, dict):
+        raise UsageError(f"{path} holds no JSON object; take it from the published checkpoint")
+    return document
+
+
+def render(plan: Plan, *, as_json: bool) -> str:
+    """The plan for a person, or as one JSON line."""
+    if as_json:
+        return json.dumps({"dry_run": True, **asdict(plan)}, sort_keys=True) + "\n"
+    lines = [
+        f"would build {plan.name} in {plan.output}",
+        f"  from        {plan.source}, {plan.num_layers} layers, {plan.num_parameters / 1e6:.1f} M parameters",
+        f"  signatures  {', '.join(plan.signatures)}",
+        f"  context     {plan.context_length} tokens, states {_size(plan.state_bytes)}",
+        "",
+        f"  {'role':<18}{'parameters':>14}{'bits':>6}{'group':>9}{'size':>12}",
+    ]
+    for role in plan.roles:
+        group = "-" if role.bits >= 16 else role.group_size or "channel"
+        lines.append(
+            f"  {role.role:<18}{role.parameters:>14,}{role.bits:>6}{group:>9}{_size(role.size_bytes):>12}"
+        )
+    lines += [
+        f"  {'bundle, about':<18}{'':>29}{_size(plan.bundle_bytes):>12}",
+        f"  {'peak memory of the export, about':<47}{_size(plan.peak_memory_bytes):>12}",
+    ]
+    lines += [f"note: {note}" for note in plan.notes]
+    return "\n".join(lines) + "\n"
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}" if unit == "GiB" else f"{count / scale:.1f} {unit}"
+    return f"{count / 2**10:.1f} KiB"
