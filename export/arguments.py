@@ -105,7 +105,7 @@ def run_parser() -> argparse.ArgumentParser:
     parser = _bundle_parser("run", "Ask a bundle something; the answer streams to stdout.")
     add = parser.add_argument
     add("--prompt", required=True, action="append", metavar="TEXT", help="a user turn; repeat for several turns")
-    add("--image", action="append", default=[], type=Path, metavar="FILE", help="a picture of the first turn; repeatable")
+    add("--image", action="append", default=[], type=Path, metavar="FILE", help="picture of the first turn; repeatable")
     add("--max-new-tokens", type=int, default=256, metavar="N")
     add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token (default)")
     add("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens; 0 from all")
@@ -235,7 +235,7 @@ def _check_source(options: argparse.Namespace) -> None:
         shipped = checkpoint is None and options.size == TINY
         if shipped or checkpoint == "random" or (checkpoint is not None and Path(checkpoint).exists()):
             kind = "the shipped tiny checkpoint" if shipped else f"--checkpoint {checkpoint}"
-            raise UsageError(f"--revision {options.revision}: {kind} has no revisions, only a hub id does; leave it out")
+            raise UsageError(f"--revision {options.revision}: only a hub id has revisions, not {kind}; leave it out")
 
 
 def _check_recipe(name: str, group_size: int | None) -> None:

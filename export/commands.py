@@ -24,7 +24,7 @@ def export(spec: ExportSpec, options: argparse.Namespace) -> int:
     torch.set_num_threads(spec.threads)
     reporter = Reporter(quiet=options.quiet, json_lines=options.json)
     if options.quiet or options.json:
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()  # of downloads, which the hub's library draws itself
     try:
