@@ -172,7 +172,7 @@ def patch_order(right: Any) -> Any:
     """Patches in raster order, not grouped by the 2×2 squares that merge."""
 
     def wrong(low: Any, node: Any) -> None:
-        x, patch, merge = node.args
+        x, patch, _ = node.args
         channels, height, width = (int(d) for d in operators.shape_of(x))
         split = (channels, height // patch, patch, width // patch, patch)
         order = [1, 3, 0, 2, 4]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -241,6 +241,16 @@ class Trainer:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.stage, self.step, self.cpu = saved["stage"], saved["step"], saved["cpu"]
             self.scores = saved["scores"]
+        elif LOG.exists() and (OUTPUT / "model.safetensors").exists():
+            self.adopt()
+
+    def adopt(self) -> None:
+        """Go on from the committed weights and log where the optimizer's state was not kept."""
+        for name, tensor in load_file(OUTPUT / "model.safetensors").items():
+            self.tensors[name].data.copy_(tensor)
+        entry = json.loads(LOG.read_text().splitlines()[-1])
+        self.stage = [stage["name"] for stage in STAGES].index(entry["stage"])
+        self.step, self.cpu = entry["step"], entry["cpu_s"]
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         groups: dict[str, list[nn.Parameter]] = {"embed": [], "vision": [], "matrix": [], "vector": []}

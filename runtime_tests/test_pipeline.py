@@ -1,0 +1,181 @@
+"""Whole exports through the command line: bytes, resume, interrupts, rejected bundles, full disks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export.__main__ import main
+from export.bundle.reader import Bundle
+from targets import load_target
+from targets.to_onnx import graph, operators
+
+MEASURED = {"latency.json", "report.html", "README.md", "parity.json", "manifest.json"}
+EXPORT = ["--target", "onnx", "--size", "tiny", "--checkpoint", "random", "--num-layers", "4", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def export(output: Path, *more: str) -> int:
+    return main([*EXPORT, "--threads", "1", "-o", str(output), *more])
+
+
+def contents(bundle: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in bundle.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("plain") / "bundle"
+    assert export(output, "--skip-validation") == 0
+    return output
+
+
+def test_two_exports_are_byte_identical(plain: Path, tmp_path: Path) -> None:
+    assert export(tmp_path / "again", "--skip-validation") == 0
+    assert contents(plain) == contents(tmp_path / "again")
+
+
+def test_manifest_holds_the_contract(plain: Path) -> None:
+    manifest = Bundle.open(plain).manifest
+    assert manifest["status"] == "unvalidated"
+    assert set(manifest["signatures"]) == {
+        "embed", "decode", "prefill_64", "vision_64x64", "vision_64x96", "vision_96x64",
+    }  # fmt: skip
+    rows = {tuple(s["shape"]) for s in manifest["states"] if s["kind"] == "key"}
+    assert all(shape[2] == 1024 + 64 - 1 for shape in rows)
+    listed = {entry["path"] for entry in manifest["files"]}
+    assert listed == {p.name for p in plain.iterdir()} - {"manifest.json"}
+    assert not any("journal" in path or "resume" in path for path in listed)
+    tests = json.loads((plain / "chat_tests.json").read_text())
+    assert {t["name"] for t in tests} >= {"plain", "image", "thinking", "no-thinking", "tools"}
+
+
+@pytest.mark.parametrize("after", [1, 7, 30])
+def test_an_interrupted_export_resumes_to_the_same_bytes(
+    after: int, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, write = tmp_path / "bundle", graph.WeightFile.write
+    written: list[str] = []
+
+    def interrupted(self: Any, key: str, dtype: Any, pieces: Any) -> Any:
+        if len(written) == after:
+            self._file.write(b"half a tensor")
+            raise KeyboardInterrupt
+        written.append(key)
+        return write(self, key, dtype, pieces)
+
+    monkeypatch.setattr(graph.WeightFile, "write", interrupted)
+    assert export(output, "--skip-validation") == 130
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle.partial"]
+    again: list[str] = []
+
+    def counted(self: Any, key: str, dtype: Any, pieces: Any) -> Any:
+        again.append(key)
+        return write(self, key, dtype, pieces)
+
+    monkeypatch.setattr(graph.WeightFile, "write", counted)
+    assert export(output, "--skip-validation", "--resume") == 0
+    assert not set(again) & set(written), "finished tensors are not written twice"
+    assert contents(output) == contents(plain)
+
+
+def test_resume_refuses_another_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graph.WeightFile, "write", stop)
+        assert export(tmp_path / "b", "--skip-validation") == 130
+    assert export(tmp_path / "b", "--skip-validation", "--resume", "--recipe", "int8") == 2
+    assert "belongs to another export" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(graph.WeightFile, "write", full)
+    assert export(tmp_path / "b", "--skip-validation") == 1
+    assert "no space left" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_other_failure_leaves_nothing_and_keeps_the_old_bundle(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(plain, tmp_path / "b")
+    monkeypatch.delitem(operators.EMITTERS, "mobile.rotary.default")
+    with pytest.raises(ValueError, match=r"no emitter for operator mobile\.rotary\.default"):
+        export(tmp_path / "b", "--skip-validation", "--overwrite")
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+    assert contents(tmp_path / "b") == contents(plain)
+
+
+def test_a_failed_gate_rejects_the_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = operators.EMITTERS["mobile.delta_gates.default"]
+
+    def unmasked(low: Any, node: Any) -> None:
+        node.args = (*node.args[:-1], None)
+        right(low, node)
+
+    monkeypatch.setitem(operators.EMITTERS, "mobile.delta_gates.default", unmasked)
+    assert export(tmp_path / "b", "--json") == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["b.rejected"]
+    bundle = Bundle.open(tmp_path / "b.rejected")
+    assert bundle.manifest["status"] == "unvalidated"
+    parity = json.loads((bundle.path / "parity.json").read_text())
+    assert parity["rungs"]["L1"]["status"] == "FAIL"
+    assert parity["rungs"]["L0"]["status"] == parity["rungs"]["L2"]["status"] == "PASS"
+    assert "L1.padding is" in capsys.readouterr().err
+
+
+def test_a_validated_export_passes_and_validates_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(tmp_path / "b", "--json") == 0
+    result = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert result["status"] == "validated"
+    assert {s["stage"] for s in result["stages"]} >= {"lower", "validate L0", "validate L3"}
+    bundle = Bundle.open(tmp_path / "b")
+    assert set(bundle.manifest["reports"]) == {"parity", "latency"}
+    page = (bundle.path / "report.html").read_text()
+    assert "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ), "the page is self-contained"
+    before = contents(bundle.path)
+    assert main(["validate", str(bundle.path), "--rung", "L2", "--quiet", "--threads", "1"]) == 0
+    assert "L2.mismatches" in capsys.readouterr().out
+    assert contents(bundle.path) == before, "validate never edits"
+
+
+def test_a_bundle_answers_on_its_session(plain: Path) -> None:
+    bundle = Bundle.open(plain)
+    session = load_target("onnx").open(bundle.path, bundle.manifest, 1)
+    picture = np.full((1, 3, 64, 96), 0.5, np.float32)
+    assert session.run("vision_64x96", {"image": picture})["image_embeddings"].shape == (1, 6, 128)
+
+
+def test_run_streams_an_answer(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["run", str(plain), "--prompt", "What is 1+1?", "--max-new-tokens", "5", "--json", "--threads", "1"]
+    assert main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["new_tokens"] <= 5
+    assert result["ttft_ms"] > 0
