@@ -17,7 +17,6 @@ from onnx import helper
 
 from export.checkpoint import weights as weights_module
 from export.checkpoint.weights import Weights
-from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe, load_recipe
 from export.validate import reference
 from export.validate.ladder import Case, Rung, compare_lowered, l2, make_plan
@@ -151,10 +150,10 @@ def tiled_heads(right: Any) -> Any:
         right(low, node)
         output = low.results[node, 0]
         graph = low.graph
-        tokens, heads, width = operators.shape_of(node.args[2])
-        split = graph.view(output, (tokens, 2, heads // 2, width))
-        moved = graph.apply("Transpose", [split], (tokens, heads // 2, 2, width), perm=[0, 2, 1, 3])
-        low.results[node, 0] = graph.view(moved, (1, tokens, heads * width))
+        heads, width = (int(d) for d in node.args[2].meta["val"].shape[1:])
+        split = graph.view(output, ("C", 2, heads // 2, width))
+        moved = graph.apply("Transpose", [split], ("C", heads // 2, 2, width), perm=[0, 2, 1, 3])
+        low.results[node, 0] = graph.view(moved, (1, "C", heads * width))
 
     return wrong
 
@@ -197,7 +196,7 @@ def transform(name: str, wrong: str) -> Callable[[Patch], None]:
     """A wrong elementwise map from published to exported weights, in the artifact only."""
 
     def patch(monkeypatch: Patch) -> None:
-        def rows(self: Quantizer, parameter: str) -> Any:
+        def rows(self: Weights, parameter: str) -> Any:
             entry = self.parameter(parameter)
             if entry.transform != name:
                 return original(self, parameter)

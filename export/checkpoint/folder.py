@@ -97,7 +97,7 @@ class FolderCheckpoint:
         row_shape = entry.shape[1:]
         row_bytes = math.prod(row_shape) * entry.dtype.itemsize
         stored = torch.empty((stop - start, *row_shape), dtype=entry.dtype)
-        buffer = memoryview(stored.reshape(-1).view(torch.uint8).numpy())
+        buffer: memoryview = stored.reshape(-1).view(torch.uint8).numpy().data
         try:
             with entry.shard.open("rb", buffering=0) as file:
                 file.seek(entry.begin + start * row_bytes)
