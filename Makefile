@@ -7,7 +7,7 @@ PYTHON = .venv/bin/python
 SETUP = .venv/.installed
 BUNDLE = out/qwen3.5-tiny-onnx-int4
 PICTURE = docs/demo.png
-QUESTION = What is written?
+QUESTION = Read.
 
 .PHONY: demo test test-full lint setup clean
 
