@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from export.bundle.writer import BundleWriter
-from export.chat.template import write_tokenizer
+from export.chat.template import stop_ids, write_tokenizer
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
@@ -76,6 +76,7 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
                     spec.prefill_lengths,
                     sizes,
                     writer.path,
+                    tuple(stop_ids(checkpoint, config)),
                     writer.resumed,
                     bar.advance,
                 )

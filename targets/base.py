@@ -40,6 +40,8 @@ class Job:
     prefill_lengths: tuple[int, ...]
     image_sizes: tuple[tuple[int, int], ...]
     folder: Path
+    stop_token_ids: tuple[int, ...] = ()
+    """For runtimes with a config of their own that names them."""
     resume: bool = False
     advance: Callable[[int], None] = lambda count: None
     """Called with the number of weights just written, for a progress bar."""

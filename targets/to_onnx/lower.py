@@ -9,9 +9,11 @@ from typing import Any
 
 from onnx import TensorProto
 
+from export.bundle.manifest import dump
 from export.model import trace
 from export.model.state import State, cache_rows
 from targets.base import Job, Lowered
+from targets.to_onnx import genai
 from targets.to_onnx.graph import Graph, Shape, WeightFile
 from targets.to_onnx.operators import Lowering, shape_of, walk
 
@@ -42,6 +44,9 @@ def lower(job: Job) -> Lowered:
         _emit(job, weights, program, "decoder.onnx")
         _emit(job, weights, trace.trace_embed(job.config), "embed.onnx")
         files = {"decoder.onnx": "decoder", "embed.onnx": "embedding", WEIGHTS: "weights"}
+        genai.emit(job, weights, rows, state_shape)
+        (job.folder / genai.CONFIG).write_text(dump(genai.config(job, list(job.stop_token_ids))))
+        files |= {genai.GRAPH: "genai", genai.CONFIG: "genai"}
         images = job.image_sizes if job.config.vision is not None else ()
         for height, width in images:
             name = f"vision_{height}x{width}.onnx"

@@ -56,7 +56,10 @@ class Lowering:
 
     def float_weight(self, node: Node, shape: tuple[int, ...] | None = None) -> str:
         """A parameter kept in float32, written to the weight file on first use."""
-        parameter = self.quantizer.weights.parameter(self.parameter_name(node))
+        return self.float_parameter(self.parameter_name(node), shape)
+
+    def float_parameter(self, name: str, shape: tuple[int, ...] | None = None) -> str:
+        parameter = self.quantizer.weights.parameter(name)
         key, written = pack.store_float(self.graph.weights, self.quantizer, parameter)
         self.advance(written)
         return self.graph.stored(key, shape or parameter.shape)
@@ -482,35 +485,34 @@ def _resample_positions(low: Lowering, node: Node) -> None:
 
 def _embedding(low: Lowering, node: Node) -> None:
     weight, ids = operands(node)
-    name = low.parameter_name(weight)
+    low.define(node, embed_rows(low, low.parameter_name(weight), low.value(ids), shape_of(node)))
+
+
+def embed_rows(low: Lowering, name: str, ids: str, shape: Shape) -> str:
+    """Rows of an embedding matrix: gathered and dequantised in one kernel where it is quantised."""
     parameter, setting = low.quantizer.weights.parameter(name), low.quantizer.setting(name)
-    graph, shape = low.graph, shape_of(node)
+    graph = low.graph
     if setting is None:
-        inputs = [low.float_weight(weight), low.value(ids)]
-        low.define(node, graph.apply("Gather", inputs, shape, axis=0))
-        return
+        return graph.apply("Gather", [low.float_parameter(name), ids], shape, axis=0)
     packed, written = pack.store_linear(graph.weights, low.quantizer, parameter, setting)
     low.advance(written)
     rows, blocks = packed.rows, packed.columns // packed.block
     inputs = [
         graph.stored(packed.codes, (rows, packed.columns * packed.bits // 8)),
-        low.value(ids),
+        ids,
         graph.stored(packed.scales, (rows, blocks)),
     ]
     if packed.zero_points:
         inputs.append(graph.stored(packed.zero_points, (rows, (blocks * packed.bits + 7) // 8)))
-    low.define(
-        node,
-        graph.apply(
-            "GatherBlockQuantized",
-            inputs,
-            shape,
-            domain=MICROSOFT,
-            bits=packed.bits,
-            block_size=packed.block,
-            gather_axis=0,
-            quantize_axis=1,
-        ),
+    return graph.apply(
+        "GatherBlockQuantized",
+        inputs,
+        shape,
+        domain=MICROSOFT,
+        bits=packed.bits,
+        block_size=packed.block,
+        gather_axis=0,
+        quantize_axis=1,
     )
 
 

@@ -94,14 +94,17 @@ def store_linear(
     names = [packed.codes, packed.scales] + ([packed.zero_points] if packed.zero_points else [])
     if all(name in weights for name in names):
         return packed, 0
-    scales: list[NDArray[np.float32]] = []
-    zeros: list[NDArray[np.uint8]] = []
+    # Allocated once: small arrays kept between large short-lived blocks would pin the heap below them, and
+    # resident memory would grow by the whole float32 tensor.
+    scales = np.empty((rows, columns // block), np.float32)
+    zeros = np.empty((rows, 0 if setting.symmetric else -(-(columns // block) * setting.bits // 8)), np.uint8)
 
     def codes() -> Iterator[NDArray[np.uint8]]:
-        for _, quantized in quantizer.blocks(parameter.name):
-            scales.append(_per_block(quantized.scales.numpy(), columns // block))
+        for start, quantized in quantizer.blocks(parameter.name):
+            stop = start + len(quantized.codes)
+            scales[start:stop] = _per_block(quantized.scales.numpy(), columns // block)
             if quantized.zero_points is not None:
-                zeros.append(pack_bits(quantized.zero_points.numpy(), setting.bits))
+                zeros[start:stop] = pack_bits(quantized.zero_points.numpy(), setting.bits)
             yield pack_codes(quantized, setting.bits)
 
     if packed.codes in weights:  # resumed between codes and scales: only the rest is missing
@@ -110,9 +113,9 @@ def store_linear(
     else:
         weights.write(packed.codes, np.dtype(np.uint8), codes())
     if packed.scales not in weights:
-        weights.write(packed.scales, np.dtype(np.float32), scales)
+        weights.write(packed.scales, np.dtype(np.float32), [scales])
     if packed.zero_points is not None and packed.zero_points not in weights:
-        weights.write(packed.zero_points, np.dtype(np.uint8), zeros)
+        weights.write(packed.zero_points, np.dtype(np.uint8), [zeros])
     return packed, rows * columns
 
 
