@@ -15,6 +15,7 @@ PAGE = """<!doctype html>
 <style>
  body { font: 15px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }
  h1 { margin-bottom: .2rem } .sub { color: #5b6675 }
+ td.g { white-space: nowrap } th.n { text-align: right }
  table { border-collapse: collapse; width: 100%; margin: 1rem 0 } td, th { padding: .3rem .6rem; text-align: left;
  border-bottom: 1px solid #e3e7ec; vertical-align: top } td.n { text-align: right; font-variant-numeric: tabular-nums }
  .PASS { color: #0a7d38; font-weight: 600 } .FAIL { color: #c0182b; font-weight: 600 } .RECORDED { color: #5b6675 }
@@ -28,13 +29,13 @@ PAGE = """<!doctype html>
 {% for name, rung in r.rungs.items() %}
 <h2>{{ name }} <span class="{{ rung.status }}">{{ rung.status }}</span></h2>
 <p class="sub">{{ meaning[name] }}</p>
-<table><tr><th>check</th><th>value</th><th>gate</th><th>status</th><th>why this gate</th></tr>
-{% for c in rung.checks %}<tr><td>{{ c.name }}</td><td class="n">{{ number(c.value) }}</td><td>{{ gate(c) }}</td>
-<td class="{{ c.status }}">{{ c.status }}</td><td class="reason">{{ c.reason }}</td></tr>{% endfor %}</table>
+<table><tr><th>check</th><th class="n">value</th><th>gate</th><th>status</th><th>why this gate</th></tr>
+{% for c in rung.checks %}<tr><td>{{ c.name }}</td><td class="n">{{ number(c.value) }}</td>
+<td class="g">{{ gate(c) }}</td><td class="{{ c.status }}">{{ c.status }}</td><td class="reason">{{ c.reason }}</td></tr>{% endfor %}</table>
 {% endfor %}
 {% for title, svg in plots %}<figure><h2>{{ title }}</h2>{{ svg | safe }}</figure>{% endfor %}
 {% if r.latency %}<h2>Latency on the host</h2>
-<table><tr><th></th><th>prefill tokens/s</th><th>decode tokens/s</th></tr>
+<table><tr><th></th><th class="n">prefill tokens/s</th><th class="n">decode tokens/s</th></tr>
 {% for who in ("bundle", "reference") %}{% if r.latency[who] %}<tr><td>{{ who }}</td>
 <td class="n">{{ number(r.latency[who].prefill.tokens_per_s_median) }}</td>
 <td class="n">{{ number(r.latency[who].decode.tokens_per_s_median) }}</td></tr>{% endif %}{% endfor %}</table>
