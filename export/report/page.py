@@ -31,7 +31,8 @@ PAGE = """<!doctype html>
 <p class="sub">{{ meaning[name] }}</p>
 <table><tr><th>check</th><th class="n">value</th><th>gate</th><th>status</th><th>why this gate</th></tr>
 {% for c in rung.checks %}<tr><td>{{ c.name }}</td><td class="n">{{ number(c.value) }}</td>
-<td class="g">{{ gate(c) }}</td><td class="{{ c.status }}">{{ c.status }}</td><td class="reason">{{ c.reason }}</td></tr>{% endfor %}</table>
+<td class="g">{{ gate(c) }}</td><td class="{{ c.status }}">{{ c.status }}</td>
+<td class="reason">{{ c.reason }}</td></tr>{% endfor %}</table>
 {% endfor %}
 {% for title, svg in plots %}<figure><h2>{{ title }}</h2>{{ svg | safe }}</figure>{% endfor %}
 {% if r.latency %}<h2>Latency on the host</h2>
