@@ -43,7 +43,7 @@ LOG = HERE / "log.jsonl"
 
 STAGES: list[dict[str, Any]] = [
     {"name": "vision", "steps": 5500, "lr": 2e-3, "final": 0.1},
-    {"name": "pairs", "steps": 2500, "lr": 2e-3, "final": 1.0},
+    {"name": "pairs", "steps": 600, "lr": 2e-3, "final": 1.0},
     {"name": "chat", "steps": 9000, "lr": 2e-3, "final": 0.5},
     {"name": "anneal", "steps": 5000, "lr": 1e-3, "final": 0.0},
 ]

@@ -118,7 +118,7 @@ class FolderCheckpoint:
 
     def content_key(self) -> str:
         """Names, sizes and modification times of every file that can reach the bundle."""
-        files = {file for pattern in _IDENTITY for file in self.path.glob(pattern)}
+        files = {file for pattern in _IDENTITY for file in self.path.glob(pattern) if file.is_file()}
         stats = [(file.name, file.stat()) for file in sorted(files)]
         return "folder:" + ";".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
 
@@ -196,8 +196,12 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises:
         CheckpointError: truncated or corrupt file, unsupported dtype.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    try:
+        size = path.stat().st_size
+        file = path.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    with file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise CheckpointError(

@@ -10,6 +10,7 @@ from export.checkpoint.weights import Weights
 from export.quantize import rtn
 from export.quantize.recipe import Recipe, Setting
 from export.quantize.tensor import QuantizedBlock
+from export.spec import ExportError
 
 Method = Callable[[Tensor, Setting], QuantizedBlock]
 
@@ -38,7 +39,7 @@ class Quantizer:
         setting = self._required(name)
         signal = noise = 0.0
         for start, rows in self.weights.blocks(name):
-            block = METHODS[setting.method](rows, setting)
+            block = _quantised(name, rows, setting)
             error = block.dequantize().sub_(rows)
             signal += float(rows.square().sum())
             noise += float(error.square().sum())
@@ -51,7 +52,7 @@ class Quantizer:
         setting = self.setting(name)
         if setting is None:
             return rows
-        return METHODS[setting.method](rows, setting).dequantize()
+        return _quantised(name, rows, setting).dequantize()
 
     def relative_errors(self) -> dict[str, float]:
         """Root mean square error of each streamed parameter, relative to its own."""
@@ -62,3 +63,10 @@ class Quantizer:
         if setting is None:
             raise ValueError(f"{name} is not quantised by recipe {self.recipe.name}")
         return setting
+
+
+def _quantised(name: str, rows: Tensor, setting: Setting) -> QuantizedBlock:
+    try:
+        return METHODS[setting.method](rows, setting)
+    except ExportError as error:
+        raise type(error)(f"{name}: {error}") from error

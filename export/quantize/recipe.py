@@ -90,11 +90,15 @@ def load_recipe(name: str, group_size: int | None = None) -> Recipe:
             tables = tomllib.loads(Path(name).read_text())
         except OSError as error:
             raise UsageError(f"--recipe {name}: cannot read it ({error.strerror}); give a TOML file") from error
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:  # malformed TOML, or bytes that are no text
             raise UsageError(f"--recipe {name}: not valid TOML ({error})") from error
         if len(tables) != 1:
             raise UsageError(f"--recipe {name}: holds {len(tables)} tables; give exactly one recipe per file")
         title, table = next(iter(tables.items()))
+        if not isinstance(table, Mapping):
+            raise UsageError(
+                f"--recipe {name}: {title!r} is no table; begin the file with [name] and give every role a line"
+            )
     else:
         tables = tomllib.loads(_FILE.read_text())
         if name not in tables:
@@ -123,7 +127,13 @@ def _setting(recipe: str, role: str, table: Mapping[str, Any]) -> Setting:
         raise UsageError(
             f"recipe {recipe}: role {role!r} has unknown key {unknown[0]!r}; use bits, group_size, symmetric, method"
         )
+    if "bits" not in entry:
+        raise UsageError(f"recipe {recipe}: role {role!r} has no bits; choose 4, 8 or 32")
     setting = Setting(**entry)
+    if not isinstance(setting.symmetric, bool):
+        raise UsageError(
+            f"recipe {recipe}: role {role!r} has symmetric {setting.symmetric!r}; write true or false"
+        )
     if setting.bits not in BITS:
         raise UsageError(f"recipe {recipe}: role {role!r} has bits {setting.bits}; choose 4, 8 or 32")
     if setting.method not in METHODS:
@@ -131,6 +141,11 @@ def _setting(recipe: str, role: str, table: Mapping[str, Any]) -> Setting:
     if setting.bits == 4 and setting.group_size not in GROUP_SIZES:
         raise UsageError(
             f"recipe {recipe}: role {role!r} has 4 bits and group_size {setting.group_size}; choose 32, 64 or 128"
+        )
+    if setting.bits == 32 and (setting.group_size is not None or not setting.symmetric):
+        raise UsageError(
+            f"recipe {recipe}: role {role!r} has 32 bits with groups or zero points; 32 bits are kept as they are: "
+            "leave out group_size and symmetric"
         )
     if setting.bits == 8 and (setting.group_size is not None or not setting.symmetric):
         raise UsageError(

@@ -12,12 +12,16 @@ from torch import Tensor
 
 from export.quantize.recipe import Setting
 from export.quantize.tensor import QuantizedBlock
+from export.spec import ExportError
 
 PIECE = 128 * 1024
 """Elements worked on at a time: with its scratch buffers about one core's L2 cache."""
 
 SMALLEST, LARGEST = 2.0**-14, 65280.0
 """Scales stay inside float16's normal range, on values that bfloat16 holds too."""
+
+LARGEST_WEIGHT = 7 * LARGEST
+"""Beyond it no 4-bit scale reaches the weight, and saturating it would go unnoticed."""
 
 STEPS: dict[int, tuple[float, ...]] = {
     4: (7.0, 7.4, 7.8, 8.2, 8.7, 9.3, 10.0),
@@ -39,11 +43,19 @@ def quantize_block(weight: Tensor, setting: Setting) -> QuantizedBlock:
 
     Raises:
         ValueError: the group size does not divide K (recipes are checked long before).
+        ExportError: a weight larger than any scale can express, or NaN.
     """
     rows, columns = weight.shape
     group = setting.group_size or columns
     if columns % group:
         raise ValueError(f"group_size {group} does not divide {columns} input features")
+    extremes = torch.aminmax(weight)
+    largest = max(-float(extremes.min), float(extremes.max))
+    if not largest <= LARGEST_WEIGHT:  # NaN compares false as well
+        raise ExportError(
+            f"a weight of magnitude {largest:g} cannot be quantised; at most {LARGEST_WEIGHT:g} can, because "
+            "scales stay within float16: use recipe fp32, or repair the checkpoint"
+        )
     groups = columns // group
     codes = torch.empty((rows, columns), dtype=torch.int8)
     scales = torch.empty((rows, groups))
