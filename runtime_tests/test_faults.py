@@ -123,6 +123,30 @@ def without_valid(right: Any) -> Any:
     return wrong
 
 
+def without_silu(right: Any) -> Any:
+    """The convolution's activation is forgotten."""
+
+    def wrong(low: Any, node: Any) -> None:
+        right(low, node)
+        silu = next(n for n in low.graph._nodes if low.results[node, 0] in n.output)
+        low.results[node, 0] = silu.input[0]
+
+    return wrong
+
+
+def reversed_taps(right: Any) -> Any:
+    """The newest input meets the weight of the oldest."""
+
+    def wrong(low: Any, node: Any) -> None:
+        right(low, node)
+        products = [n for n in low.graph._nodes if "|tap" in "".join(n.input)][-4:]
+        weights = [n.input[1] for n in products]
+        for product, weight in zip(products, reversed(weights), strict=True):
+            product.input[1] = weight
+
+    return wrong
+
+
 def contiguous_sections(right: Any) -> Any:
     """M-RoPE sections one after the other instead of interleaved."""
 
@@ -150,7 +174,7 @@ def tiled_heads(right: Any) -> Any:
         right(low, node)
         output = low.results[node, 0]
         graph = low.graph
-        heads, width = (int(d) for d in node.args[2].meta["val"].shape[1:])
+        heads, width = (int(d) for d in node.args[2].meta["val"].shape[-2:])
         split = graph.view(output, ("C", 2, heads // 2, width))
         moved = graph.apply("Transpose", [split], ("C", heads // 2, 2, width), perm=[0, 2, 1, 3])
         low.results[node, 0] = graph.view(moved, (1, "C", heads * width))
@@ -226,8 +250,9 @@ L1: dict[str, Any] = {
     "cos and sin exchanged": swap_inputs("RotaryEmbedding", 1, 2),
     "attention scale missing": attribute("GroupQueryAttention", "scale", 1.0),
     "keys and values exchanged": swap_inputs("GroupQueryAttention", 1, 2),
-    "silu after the convolution missing": attribute("CausalConvWithState", "activation", "none"),
-    "conv state not carried": operand("CausalConvWithState", 3, zeros_like(3)),
+    "silu after the convolution missing": emitter("mobile.causal_conv.default", without_silu),
+    "taps of the convolution reversed": emitter("mobile.causal_conv.default", reversed_taps),
+    "conv state not carried": operand("Concat", 0, zeros_like(0)),
     "recurrent state not carried": operand("LinearAttention", 3, zeros_like(3)),
     "query scale applied twice": attribute("LinearAttention", "scale", 0.5),
     "delta rule without delta": attribute("LinearAttention", "update_rule", "gated"),

@@ -382,10 +382,10 @@ def quantised_names(quantizer: Quantizer) -> list[str]:
 def test_each_role_gets_its_setting(weights: Weights) -> None:
     quantizer = Quantizer(weights, load_recipe("int4-mixed"))
     assert quantizer.setting("decoder.layers.0.mlp.down.weight") == INT4
-    assert quantizer.setting("decoder.layers.0.mixer.qkvz.weight") == INT8
+    assert quantizer.setting("decoder.layers.0.mixer.qkv.weight") == INT8
     assert quantizer.setting("embedding.weight") == quantizer.setting("decoder.head.weight") == INT4
     assert quantizer.setting("vision.blocks.0.qkv.weight") == INT8
-    for kept in ("decoder.norm.weight", "decoder.layers.0.mixer.ba.weight", "vision.patch.bias"):
+    for kept in ("decoder.norm.weight", "decoder.layers.0.mixer.b.weight", "vision.patch.bias"):
         assert quantizer.setting(kept) is None
     assert quantised_names(Quantizer(weights, Recipe.unquantised())) == []
     with pytest.raises(ValueError, match=r"decoder.norm.weight is not quantised by recipe int4-mixed"):
@@ -418,16 +418,19 @@ def test_streamed_blocks_are_the_reference(
 
 def test_what_is_not_quantised_stays_float32(weights: Weights) -> None:
     quantizer = Quantizer(weights, load_recipe("int4"))
-    name = "decoder.layers.0.mixer.ba.weight"
-    assert torch.equal(quantizer.reference_rows(name, 0, 8), weights.tensor(name))
+    name = "decoder.layers.0.mixer.b.weight"
+    assert torch.equal(quantizer.reference_rows(name, 0, 4), weights.tensor(name))
 
 
-def test_stacked_rows_are_quantised_as_if_alone(weights: Weights) -> None:
-    """Row independence is what lets a packer stack or split projections without changing a code."""
+def test_rows_of_a_parameter_are_quantised_as_if_alone(weights: Weights) -> None:
+    """Row independence is what lets a parameter gather rows of the published tensor, as q and its gate do."""
     quantizer = Quantizer(weights, load_recipe("int4"))
-    gate_up = quantizer.reference_rows("decoder.layers.0.mlp.gate_up.weight", 0, 512)
-    up = weights.checkpoint.read("model.language_model.layers.0.mlp.up_proj.weight")
-    assert torch.equal(gate_up[256:], quantize_block(up, INT4).dequantize())
+    layer, width = weights.config.text.layer_types.index("full_attention"), weights.config.text.head_dim
+    published = weights.checkpoint.read(f"model.language_model.layers.{layer}.self_attn.q_proj.weight")
+    for place, name in enumerate(("q", "gate")):
+        second = quantizer.reference_rows(f"decoder.layers.{layer}.mixer.{name}.weight", width, 2 * width)
+        first = (2 + place) * width
+        assert torch.equal(second, quantize_block(published[first : first + width], INT4).dequantize())
 
 
 def test_an_impossible_weight_is_named() -> None:

@@ -78,11 +78,6 @@ def _whole(name: str, tensor: str, *shape: int, role: str = "kept", transform: s
     return Parameter(name, shape, (Segment(tensor, 0, shape[0]),), role, transform)
 
 
-def _stacked(name: str, role: str, columns: int, *tensors: tuple[str, int]) -> Parameter:
-    segments = tuple(Segment(tensor, 0, rows) for tensor, rows in tensors)
-    return Parameter(name, (sum(rows for _, rows in tensors), columns), segments, role)
-
-
 def _text(config: TextConfig) -> list[Parameter]:
     hidden, vocab = config.hidden_size, config.vocab_size
     embedding = f"{TEXT}.embed_tokens.weight"
@@ -101,13 +96,8 @@ def _text(config: TextConfig) -> list[Parameter]:
             )
         width = config.intermediate_size
         entries += [
-            _stacked(
-                f"{ours}.mlp.gate_up.weight",
-                "decoder",
-                hidden,
-                (f"{theirs}.mlp.gate_proj.weight", width),
-                (f"{theirs}.mlp.up_proj.weight", width),
-            ),
+            _whole(f"{ours}.mlp.gate.weight", f"{theirs}.mlp.gate_proj.weight", width, hidden, role="decoder"),
+            _whole(f"{ours}.mlp.up.weight", f"{theirs}.mlp.up_proj.weight", width, hidden, role="decoder"),
             _whole(f"{ours}.mlp.down.weight", f"{theirs}.mlp.down_proj.weight", hidden, width, role="decoder"),
         ]
     return entries
@@ -117,21 +107,13 @@ def _delta(config: TextConfig, ours: str, theirs: str) -> list[Parameter]:
     hidden, heads, values = config.hidden_size, config.linear_num_value_heads, config.linear_value_dim
     ours, theirs = f"{ours}.mixer", f"{theirs}.linear_attn"
     return [
-        _stacked(
-            f"{ours}.qkvz.weight",
-            "linear_attention",
-            hidden,
-            (f"{theirs}.in_proj_qkv.weight", config.conv_dim),
-            (f"{theirs}.in_proj_z.weight", values),
+        _whole(
+            f"{ours}.qkv.weight", f"{theirs}.in_proj_qkv.weight", config.conv_dim, hidden, role="linear_attention"
         ),
+        _whole(f"{ours}.z.weight", f"{theirs}.in_proj_z.weight", values, hidden, role="linear_attention"),
         # One row per head: too small to be worth quantising, and the gates are what drifts first.
-        _stacked(
-            f"{ours}.ba.weight",
-            "kept",
-            hidden,
-            (f"{theirs}.in_proj_b.weight", heads),
-            (f"{theirs}.in_proj_a.weight", heads),
-        ),
+        _whole(f"{ours}.b.weight", f"{theirs}.in_proj_b.weight", heads, hidden),
+        _whole(f"{ours}.a.weight", f"{theirs}.in_proj_a.weight", heads, hidden),
         _whole(
             f"{ours}.conv_weight",
             f"{theirs}.conv1d.weight",
@@ -152,12 +134,13 @@ def _attention(config: TextConfig, ours: str, theirs: str) -> list[Parameter]:
     ours, theirs = f"{ours}.mixer", f"{theirs}.self_attn"
     # q_proj interleaves per head: width rows of query, then width rows of gate.
     heads = range(config.num_attention_heads)
-    q = [Segment(f"{theirs}.q_proj.weight", 2 * h * width, (2 * h + 1) * width) for h in heads]
-    gate = [Segment(f"{theirs}.q_proj.weight", (2 * h + 1) * width, (2 * h + 2) * width) for h in heads]
-    k = Segment(f"{theirs}.k_proj.weight", 0, keys)
-    v = Segment(f"{theirs}.v_proj.weight", 0, keys)
+    q = tuple(Segment(f"{theirs}.q_proj.weight", 2 * h * width, (2 * h + 1) * width) for h in heads)
+    gate = tuple(Segment(f"{theirs}.q_proj.weight", (2 * h + 1) * width, (2 * h + 2) * width) for h in heads)
     return [
-        Parameter(f"{ours}.qkvg.weight", (2 * queries + 2 * keys, hidden), (*q, k, v, *gate), "decoder"),
+        Parameter(f"{ours}.q.weight", (queries, hidden), q, "decoder"),
+        _whole(f"{ours}.k.weight", f"{theirs}.k_proj.weight", keys, hidden, role="decoder"),
+        _whole(f"{ours}.v.weight", f"{theirs}.v_proj.weight", keys, hidden, role="decoder"),
+        Parameter(f"{ours}.gate.weight", (queries, hidden), gate, "decoder"),
         _whole(f"{ours}.q_norm.weight", f"{theirs}.q_norm.weight", width, transform="plus_one"),
         _whole(f"{ours}.k_norm.weight", f"{theirs}.k_norm.weight", width, transform="plus_one"),
         _whole(f"{ours}.out.weight", f"{theirs}.o_proj.weight", hidden, queries, role="decoder"),

@@ -1,8 +1,8 @@
 """The text decoder and the embedding: static, batch-free, with every state an argument and a result.
 
 Letters: C tokens of a chunk, D hidden, F feed-forward width, V vocabulary. Projections that read the same
-input are one matrix (rows stacked), which every runtime runs faster; `export.checkpoint.weights` stacks the
-published tensors accordingly. Modules accept leading batch dimensions, which only training uses.
+input stay apart: a stacked matrix saves one call but its result must be split, which copies (docs/LOG.md).
+Modules accept leading batch dimensions, which only training uses.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         self.config = config
         heads = config.linear_num_value_heads
-        self.qkvz = Linear(config.hidden_size, config.conv_dim + config.linear_value_dim)
-        self.ba = Linear(config.hidden_size, 2 * heads)
+        self.qkv = Linear(config.hidden_size, config.conv_dim)
+        self.z = Linear(config.hidden_size, config.linear_value_dim)
+        self.b = Linear(config.hidden_size, heads)
+        self.a = Linear(config.hidden_size, heads)
         self.conv_weight = weight(config.conv_dim, config.linear_conv_kernel_dim)
         self.decay_scale = weight(heads)
         self.dt_bias = weight(heads)
@@ -71,18 +73,16 @@ class GatedDeltaNet(nn.Module):
         """x [C, D], conv [Ch, K-1], recurrent [Hv, Dk, Dv] -> y [C, D] and the two new states."""
         config, valid = self.config, context[3]
         lead = x.shape[:-1]
-        qkv, z = self.qkvz(x).split([config.conv_dim, config.linear_value_dim], dim=-1)
-        b, a = self.ba(x).split([config.linear_num_value_heads] * 2, dim=-1)
-        qkv, conv = ops.causal_conv(qkv, self.conv_weight, conv, valid)
+        qkv, conv = ops.causal_conv(self.qkv(x), self.conv_weight, conv, valid)
         q, k, v = qkv.split([config.linear_key_dim, config.linear_key_dim, config.linear_value_dim], dim=-1)
         keys = (*lead, config.linear_num_key_heads, config.linear_key_head_dim)
         values = (*lead, config.linear_num_value_heads, config.linear_value_head_dim)
         q = ops.l2_norm(q.reshape(keys), L2_EPS, config.linear_key_head_dim**-0.5)
         k = ops.l2_norm(k.reshape(keys), L2_EPS, 1.0)
-        g, beta = ops.delta_gates(a, b, self.decay_scale, self.dt_bias, valid)
+        g, beta = ops.delta_gates(self.a(x), self.b(x), self.decay_scale, self.dt_bias, valid)
         rule = ops.gated_delta_step if valid is None else ops.gated_delta_chunk
         y, recurrent = rule(q, k, v.reshape(values), g, beta, recurrent)
-        y = ops.gated_rms_norm(y, self.norm_weight, z.reshape(values), config.rms_norm_eps)
+        y = ops.gated_rms_norm(y, self.norm_weight, self.z(x).reshape(values), config.rms_norm_eps)
         return self.out(y.reshape(*lead, config.linear_value_dim)), (conv, recurrent)
 
 
@@ -94,7 +94,10 @@ class GatedAttention(nn.Module):
         self.config = config
         self.query_dim = config.num_attention_heads * config.head_dim
         self.key_dim = config.num_key_value_heads * config.head_dim
-        self.qkvg = Linear(config.hidden_size, 2 * self.query_dim + 2 * self.key_dim)
+        self.q = Linear(config.hidden_size, self.query_dim)
+        self.k = Linear(config.hidden_size, self.key_dim)
+        self.v = Linear(config.hidden_size, self.key_dim)
+        self.gate = Linear(config.hidden_size, self.query_dim)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.out = Linear(self.query_dim, config.hidden_size)
@@ -106,30 +109,27 @@ class GatedAttention(nn.Module):
         config = self.config
         cos, sin, start, _ = context
         lead = x.shape[:-1]
-        sizes = [self.query_dim, self.key_dim, self.key_dim, self.query_dim]
-        q, k, v, gate = self.qkvg(x).split(sizes, dim=-1)
         queries = (*lead, config.num_attention_heads, config.head_dim)
         keys = (*lead, config.num_key_value_heads, config.head_dim)
-        q = ops.rotary(self.q_norm(q.reshape(queries)), cos, sin)
-        k = ops.rotary(self.k_norm(k.reshape(keys)), cos, sin)
+        q = ops.rotary(self.q_norm(self.q(x).reshape(queries)), cos, sin)
+        k = ops.rotary(self.k_norm(self.k(x).reshape(keys)), cos, sin)
         y, key, value = ops.cached_attention(
-            q, k, v.reshape(keys), key, value, start, config.head_dim**-0.5
+            q, k, self.v(x).reshape(keys), key, value, start, config.head_dim**-0.5
         )
-        return self.out(y.reshape(*lead, self.query_dim) * gate.sigmoid()), (key, value)
+        return self.out(y.reshape(*lead, self.query_dim) * self.gate(x).sigmoid()), (key, value)
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) · up(x)), gate and up stacked in one matrix [2F, D]."""
+    """down(silu(gate(x)) · up(x))."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.width = config.intermediate_size
-        self.gate_up = Linear(config.hidden_size, 2 * self.width)
-        self.down = Linear(self.width, config.hidden_size)
+        self.gate = Linear(config.hidden_size, config.intermediate_size)
+        self.up = Linear(config.hidden_size, config.intermediate_size)
+        self.down = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).split([self.width, self.width], dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Layer(nn.Module):

@@ -100,7 +100,7 @@ def _signatures(
         state.name: {
             "input": f"past.{state.name}",
             "output": f"present.{state.name}",
-            "in_place": state.kind != "conv",
+            "in_place": True,
         }
         for state in states
     }

@@ -68,15 +68,16 @@ class Lowering:
         self.values[node] = name
 
     def linear(self, x: str, weight: Node, bias: Node | None) -> str:
-        """x [C, K] times a weight [N, K]: MatMulNBits when the recipe quantises it, else Gemm."""
+        """x […, K] times a weight [N, K]: MatMulNBits when the recipe quantises it, else FusedMatMul or Gemm."""
         name = self.parameter_name(weight)
         parameter = self.quantizer.weights.parameter(name)
         setting = self.quantizer.setting(name)
         rows, columns = parameter.shape
         shape = (*self.graph.shapes[x][:-1], rows)
+        if setting is None and bias:
+            return self.graph.apply("Gemm", [x, self.float_weight(weight), self.float_weight(bias)], shape, transB=1)
         if setting is None:
-            inputs = [x, self.float_weight(weight)] + ([self.float_weight(bias)] if bias else [])
-            return self.graph.apply("Gemm", inputs, shape, transB=1)
+            return self.graph.apply("FusedMatMul", [x, self.float_weight(weight)], shape, domain=MICROSOFT, transB=1)
         packed, written = pack.store_linear(self.graph.weights, self.quantizer, parameter, setting)
         self.advance(written)
         blocks = columns // packed.block
@@ -123,12 +124,14 @@ def operands(node: Node) -> tuple[Any, ...]:
 
 
 def dims(shape: Any) -> Shape:
-    return tuple(d if isinstance(d, int) else "C" for d in shape)
+    """Rows of tokens [C, …] get the batch axis [1, C, …] that most kernels want: no reshapes on the way."""
+    named = tuple(d if isinstance(d, int) else "C" for d in shape)
+    return (1, *named) if named and named[0] == "C" else named
 
 
 def flat_heads(shape: Shape) -> Shape:
-    """[C, H, D] -> [1, C, H·D], the packed form the attention kernels take."""
-    return (1, shape[0], int(shape[1]) * int(shape[2]))
+    """[1, C, H, D] or, without tokens of text, [N, H, D] -> [1, N, H·D], as the attention kernels take it."""
+    return (1, shape[-3], int(shape[-2]) * int(shape[-1]))
 
 
 def _getitem(low: Lowering, node: Node) -> None:
@@ -229,8 +232,7 @@ def _silu_of(low: Lowering, x: str) -> str:
 def _gated_rms_norm(low: Lowering, node: Node) -> None:
     x, weight, gate, eps = operands(node)
     normed = _simplified(low, low.value(x), low.float_weight(weight), eps)
-    tokens, heads, width = shape_of(node)
-    flat = (tokens, int(heads) * int(width))
+    flat = flat_heads(shape_of(node))
     silu = _silu_of(low, low.value(gate, flat))
     low.define(node, low.graph.apply("Mul", [low.graph.view(normed, flat), silu], flat))
 
@@ -277,7 +279,7 @@ def _rotary(low: Lowering, node: Node) -> None:
     x, cos, sin = operands(node)
     shape = shape_of(node)
     packed = low.value(x, flat_heads(shape))
-    low.define(node, _rotate(low, packed, low.values[cos], low.values[sin], int(shape[1]), int(shape[2])))
+    low.define(node, _rotate(low, packed, low.values[cos], low.values[sin], int(shape[-2]), int(shape[-1])))
 
 
 def _grid_rotary(low: Lowering, node: Node) -> None:
@@ -290,46 +292,46 @@ def _grid_rotary(low: Lowering, node: Node) -> None:
 
 
 def _causal_conv(low: Lowering, node: Node) -> None:
+    """A sum of shifted products. CausalConvWithState is 3 to 4 times slower (docs/LOG.md) and its new state is
+    the tail of the chunk with its padding, where the last *valid* rows are wanted.
+    """
     x, weight, state, valid = operands(node)
     graph = low.graph
-    channels, width = low.quantizer.weights.parameter(low.parameter_name(weight)).shape
-    tokens = shape_of(x)[0]
-    rows = low.value(x, (1, tokens, channels))
-    past = low.values[state]
-    kernel = low.float_weight(weight, (channels, 1, width))
-    y, present = graph.node(
-        "CausalConvWithState",
-        [rows, kernel, "", past],
-        [(1, tokens, channels), (1, width - 1, channels)],
-        domain=MICROSOFT,
-        activation="silu",
-        channels_last=1,
-    )
-    low.results[node, 0] = y
+    name = low.parameter_name(weight)
+    channels, width = low.quantizer.weights.parameter(name).shape
+    shape = (1, shape_of(x)[1], channels)
+    rows, past = low.value(x, shape), low.values[state]
+    series = graph.apply("Concat", [past, rows], (1, "series", channels), axis=1)
+    taps = low.quantizer.weights.tensor(name)
+    axis, far = graph.constant([1], np.int64), np.iinfo(np.int32).max
+    terms = []
+    for tap in range(width):
+        key = f"{pack.storage_key(low.quantizer.weights.parameter(name), None)}|tap{tap}"
+        if key not in graph.weights:
+            graph.weights.write(key, np.dtype(np.float32), [np.ascontiguousarray(taps[:, tap].numpy())])
+            low.advance(channels)
+        shifted = rows
+        if tap < width - 1:
+            begin, end = graph.constant([tap], np.int64), graph.constant([tap + 1 - width], np.int64)
+            shifted = graph.apply("Slice", [series, begin, end, axis], shape)
+        terms.append(graph.apply("Mul", [shifted, graph.stored(key, (channels,))], shape))
+    total = terms[0]
+    for term in terms[1:]:
+        total = graph.apply("Add", [total, term], shape)
+    low.results[node, 0] = _silu_of(low, total)
     if valid is None:
-        low.results[node, 1] = present
-        return
-    # The kernel remembers the last rows of the chunk, padding included: take the last *valid* ones instead.
-    keep = width - 1
-    end = low.once("valid64", lambda: graph.apply("Cast", [low.values[valid]], (1,), to=TensorProto.INT64))
-    zero, axis = graph.constant([0], np.int64), graph.constant([1], np.int64)
-
-    def first() -> str:
-        before = graph.apply("Sub", [end, graph.constant([keep], np.int64)], (1,))
-        return graph.apply("Max", [before, zero], (1,))
-
-    begin = low.once(f"tail_start_{keep}", first)
-    tail = graph.apply("Slice", [rows, begin, end, axis], (1, "tail", channels))
-    joined = graph.apply("Concat", [past, tail], (1, "joined", channels), axis=1)
-    last, far = graph.constant([-keep], np.int64), graph.constant([np.iinfo(np.int32).max], np.int64)
-    low.results[node, 1] = graph.apply("Slice", [joined, last, far, axis], (1, keep, channels))
+        begin, end = graph.constant([1 - width], np.int64), graph.constant([far], np.int64)
+    else:
+        begin = low.once("valid64", lambda: graph.apply("Cast", [low.values[valid]], (1,), to=TensorProto.INT64))
+        keep = graph.constant([width - 1], np.int64)
+        end = low.once(f"valid_plus_{width - 1}", lambda: graph.apply("Add", [begin, keep], (1,)))
+    low.results[node, 1] = graph.apply("Slice", [series, begin, end, axis], (1, width - 1, channels))
 
 
 def _delta_gates(low: Lowering, node: Node) -> None:
     a, b, decay_scale, dt_bias, valid = operands(node)
     graph = low.graph
-    tokens, heads = shape_of(a)
-    shape: Shape = (1, tokens, heads)
+    shape = shape_of(a)
     gates = graph.node(
         "LinearAttentionGate",
         [
@@ -343,7 +345,7 @@ def _delta_gates(low: Lowering, node: Node) -> None:
     )
     for place, gate in enumerate(gates):
         if valid is not None:
-            gate = graph.apply("Mul", [gate, low.once("real", lambda: _real_rows(low, valid, tokens))], shape)
+            gate = graph.apply("Mul", [gate, low.once("real", lambda: _real_rows(low, valid, shape[1]))], shape)
         low.results[node, place] = gate
 
 
@@ -373,7 +375,6 @@ def _tokens(low: Lowering) -> str:
 def _gated_delta(low: Lowering, node: Node) -> None:
     q, k, v, g, beta, state = operands(node)
     keys, values = shape_of(q), shape_of(v)
-    tokens = values[0]
     outputs = low.graph.node(
         "LinearAttention",
         [
@@ -381,14 +382,14 @@ def _gated_delta(low: Lowering, node: Node) -> None:
             low.value(k, flat_heads(keys)),
             low.value(v, flat_heads(values)),
             low.values[state],
-            low.value(g, (1, tokens, values[1])),
-            low.value(beta, (1, tokens, values[1])),
+            low.value(g),
+            low.value(beta),
         ],
-        [flat_heads(values), (1, values[1], keys[2], values[2])],
+        [flat_heads(values), (1, values[-2], keys[-1], values[-1])],
         domain=MICROSOFT,
         update_rule="gated_delta",
-        q_num_heads=keys[1],
-        kv_num_heads=values[1],
+        q_num_heads=keys[-2],
+        kv_num_heads=values[-2],
         scale=1.0,
     )
     low.results[node, 0], low.results[node, 1] = outputs
@@ -417,8 +418,8 @@ def _cached_attention(low: Lowering, node: Node) -> None:
         ],
         [flat_heads(queries), graph.shapes[caches[0]], graph.shapes[caches[1]]],
         domain=MICROSOFT,
-        num_heads=queries[1],
-        kv_num_heads=keys[1],
+        num_heads=queries[-2],
+        kv_num_heads=keys[-2],
         scale=scale,
     )
     for place, name in enumerate(outputs):
@@ -429,7 +430,8 @@ def _last_valid(low: Lowering, node: Node) -> None:
     x, valid = operands(node)
     graph = low.graph
     row = graph.apply("Sub", [low.values[valid], graph.constant([1], np.int32)], (1,))
-    low.define(node, graph.apply("Gather", [low.value(x), row], shape_of(node), axis=0))
+    gathered = graph.apply("Gather", [low.value(x), row], (1, *shape_of(node)), axis=1)
+    low.define(node, graph.view(gathered, shape_of(node)))
 
 
 def _attention(low: Lowering, node: Node) -> None:

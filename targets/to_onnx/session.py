@@ -1,14 +1,13 @@
 """A bundle on onnxruntime, driven by its manifest alone.
 
-States are numpy buffers bound to the runtime without copies. One buffer serves as past and present where
-the manifest says `in_place`; the others keep two and swap after each call.
+States are numpy buffers bound to the runtime without copies: one buffer serves as past and present, as the
+manifest allows with `in_place`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,6 @@ class CallError(ExportError):
     """A signature was called against its contract."""
 
 
-@dataclass
-class _Buffers:
-    """One state: the current buffer first; the second is the same one when updated in place."""
-
-    arrays: list[NDArray[Any]]
-    values: list[Any]
-
-
 class OnnxSession:
     """Implements `targets.base.Session` for onnxruntime on the CPU."""
 
@@ -40,26 +31,11 @@ class OnnxSession:
         self._manifest = manifest
         self._threads = threads
         self._sessions: dict[str, ort.InferenceSession] = {}
-        self._buffers: dict[str, _Buffers] = {}
-        self._turn = 0
-        self.load_seconds = 0.0
-        in_place = self._in_place()
-        for state in manifest["states"]:
-            count = 1 if in_place.get(state["name"], False) else 2
-            arrays = [np.zeros(state["shape"], state["dtype"]) for _ in range(count)] * (3 - count)
-            values = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
-            self._buffers[state["name"]] = _Buffers(arrays, values)
-        self._bindings: dict[tuple[str, int], Any] = {}
+        self._states = {state["name"]: np.zeros(state["shape"], state["dtype"]) for state in manifest["states"]}
+        self._bindings: dict[str, Any] = {}
         self._inputs: dict[str, dict[str, NDArray[Any]]] = {}
         self._outputs: dict[str, dict[str, NDArray[Any]]] = {}
-
-    def _in_place(self) -> dict[str, bool]:
-        return {
-            name: bool(binding.get("in_place", False))
-            for signature in self._manifest["signatures"].values()
-            for stage in signature["stages"]
-            for name, binding in stage.get("states", {}).items()
-        }
+        self.load_seconds = 0.0
 
     def _open(self, file: str) -> ort.InferenceSession:
         if file not in self._sessions:
@@ -98,19 +74,16 @@ class OnnxSession:
         for name, array in self._inputs[signature].items():
             array[...] = inputs[name]
         session.run_with_iobinding(binding)
-        self._turn ^= 1
         return {name: array.copy() for name, array in self._outputs[signature].items()}
 
     def _bind(
         self, signature: str, entry: Mapping[str, Any], stage: Mapping[str, Any], session: ort.InferenceSession
     ) -> Any:
-        """The binding of a signature for the present turn; made on first use, then reused."""
-        key = (signature, self._turn)
-        if key in self._bindings:
-            return self._bindings[key]
-        if signature not in self._inputs:
-            self._inputs[signature] = {t["name"]: np.zeros(t["shape"], t["dtype"]) for t in entry["inputs"]}
-            self._outputs[signature] = {t["name"]: np.zeros(t["shape"], t["dtype"]) for t in entry["outputs"]}
+        """The binding of a signature; made on first use, then reused."""
+        if signature in self._bindings:
+            return self._bindings[signature]
+        self._inputs[signature] = {t["name"]: np.zeros(t["shape"], t["dtype"]) for t in entry["inputs"]}
+        self._outputs[signature] = {t["name"]: np.zeros(t["shape"], t["dtype"]) for t in entry["outputs"]}
         binding = session.io_binding()
         for name, runtime in stage["inputs"].items():
             binding.bind_ortvalue_input(
@@ -121,10 +94,12 @@ class OnnxSession:
                 runtime, ort.OrtValue.ortvalue_from_numpy(self._outputs[signature][name])
             )
         for name, names in stage["states"].items():
-            values = self._buffers[name].values
-            binding.bind_ortvalue_input(names["input"], values[self._turn])
-            binding.bind_ortvalue_output(names["output"], values[1 - self._turn])
-        self._bindings[key] = binding
+            if not names.get("in_place"):
+                raise ExportError(f"{signature} does not update state {name} in place; export the bundle anew")
+            value = ort.OrtValue.ortvalue_from_numpy(self._states[name])
+            binding.bind_ortvalue_input(names["input"], value)
+            binding.bind_ortvalue_output(names["output"], value)
+        self._bindings[signature] = binding
         return binding
 
     def _check(self, signature: str, entry: Mapping[str, Any], inputs: Mapping[str, NDArray[Any]]) -> None:
@@ -152,19 +127,18 @@ class OnnxSession:
                 )
 
     def reset(self) -> None:
-        for buffers in self._buffers.values():
-            for array in buffers.arrays:
-                array[...] = 0
+        for array in self._states.values():
+            array[...] = 0
 
     def snapshot(self) -> Arrays:
-        return {name: array.copy() for name, array in self.states().items()}
+        return {name: array.copy() for name, array in self._states.items()}
 
     def restore(self, snapshot: Arrays) -> None:
-        for name, array in self.states().items():
+        for name, array in self._states.items():
             array[...] = snapshot[name]
 
     def states(self) -> Arrays:
-        return {name: buffers.arrays[self._turn] for name, buffers in self._buffers.items()}
+        return dict(self._states)
 
     def close(self) -> None:
         self._bindings.clear()

@@ -36,9 +36,10 @@ def stored_weights(
             if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
                 codes = node.input[1 if node.op_type == "MatMulNBits" else 0]
                 yield from _quantised(folder, node, tensors, names[codes.rsplit("|", 1)[0]])
-            elif node.op_type in ("Gemm", "Gather") and "|" in node.input[node.op_type == "Gemm"]:
-                key = node.input[1 if node.op_type == "Gemm" else 0].rsplit(":", 1)[0]
-                yield from _plain(folder, tensors[node.input[node.op_type == "Gemm"]], names[key])
+            elif node.op_type in ("Gemm", "FusedMatMul", "Gather"):
+                weight = node.input[0 if node.op_type == "Gather" else 1]
+                if "|" in weight:
+                    yield from _plain(folder, tensors[weight], names[weight.rsplit(":", 1)[0]])
 
 
 def _location(folder: Path, tensor: onnx.TensorProto) -> tuple[Path, int, int]:
