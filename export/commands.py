@@ -168,34 +168,32 @@ def update(bundle: Bundle, report: dict[str, Any]) -> None:
 def run(options: argparse.Namespace) -> int:
     """Answer one or several user turns, streaming."""
     from export.chat import pictures
+    from export.chat.chat import Chat
     from export.chat.conversation import Contract, Conversation
     from export.chat.sampling import Sampling
-    from export.chat.template import load_tokenizer, render
+    from export.chat.template import load_tokenizer
     from targets import load_target
 
     bundle = Bundle.open(options.bundle, verify=False)
     sampler = Sampling(options.temperature, options.top_k, options.top_p, options.seed).sampler()
     tokenizer = load_tokenizer(bundle.path)
     session = load_target(bundle.manifest["target"]["name"]).open(bundle.path, bundle.manifest, options.threads)
-    conversation = Conversation(session, Contract.of(bundle.manifest))
+    chat = Chat(Conversation(session, Contract.of(bundle.manifest)), tokenizer, thinking=options.thinking)
     images = [pictures.load(path) for path in options.image]
     messages: list[dict[str, Any]] = []
-    answers, fed = [], 0
+    answers = []
     for turn, prompt in enumerate(options.prompt):
         content: Any = prompt
         if turn == 0 and images:
             content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
         messages.append({"role": "user", "content": content})
-        # A later turn re-renders everything: the template may drop what was said while thinking.
-        conversation.reset()
-        ids = conversation.expand(render(tokenizer, messages, enable_thinking=options.thinking), images)
-        answer, numbers = _answer(conversation, tokenizer, ids, images, options, sampler)
+        answer, numbers = _answer(chat, tokenizer, messages, images, options, sampler)
         answers.append(answer)
         messages.append({"role": "assistant", "content": answer})
-        fed += len(ids)
         if not options.quiet and not options.json:
             sys.stderr.write(
-                f"\n[{numbers['prompt_tokens']} prompt tokens, TTFT {numbers['ttft_ms']:.0f} ms, "
+                f"\n[{numbers['prompt_tokens']} prompt tokens ({numbers['reused_tokens']} kept), "
+                f"TTFT {numbers['ttft_ms']:.0f} ms, "
                 f"{numbers['new_tokens']} tokens at {numbers['tokens_per_s']:.1f} tokens/s]\n"
             )
     if options.json:
@@ -204,7 +202,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _answer(
-    conversation: Any, tokenizer: Any, ids: list[int], images: list[Any], options: argparse.Namespace, sampler: Any
+    chat: Any,
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    images: list[Any],
+    options: argparse.Namespace,
+    sampler: Any,
 ) -> tuple[str, dict[str, Any]]:
     begin = time.perf_counter()
     first: list[float] = []
@@ -223,13 +226,16 @@ def _answer(
             sys.stdout.flush()
             shown = text
 
-    new = conversation.generate(ids, images, max_new_tokens=options.max_new_tokens, sampler=sampler, on_token=stream)
+    prompt, new = chat.answer(
+        messages, images, max_new_tokens=options.max_new_tokens, sampler=sampler, on_token=stream
+    )
     end = time.perf_counter()
     start = first[0] if first else end
     if not options.json:
         sys.stdout.write("\n")
     return tokenizer.decode(new, skip_special_tokens=True), {
-        "prompt_tokens": len(ids),
+        "prompt_tokens": len(prompt),
+        "reused_tokens": chat.reused,
         "new_tokens": len(new),
         "ttft_ms": 1e3 * (start - begin),
         "tokens_per_s": (len(new) - 1) / (end - start) if len(new) > 1 else 0.0,

@@ -106,9 +106,13 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def render(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> list[int]:
-    """Messages -> token ids with the generation prompt; image tokens single, as the template writes them."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+def render(
+    tokenizer: Any, messages: list[dict[str, Any]], *, generation_prompt: bool = True, **options: Any
+) -> list[int]:
+    """Messages -> token ids, by default with the generation prompt; image tokens single, as the template's."""
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=generation_prompt, **options
+    )
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from targets.base import Target
 
 PROBE_TOKENS = {"tiny": 192}
 DRIFT_STEPS = {"tiny": 512}
+PAGES = (("pages_4k", False), ("pages_huge", True))
 
 
 def judge(
@@ -97,7 +99,10 @@ def measure_bundle(
     prompt_tokens: int = 512,
     steps: int = 24,
 ) -> dict[str, Any]:
-    """Speed, load time and memory of a bundle, and its share of the bandwidth bound."""
+    """Speed, load time and memory of a bundle, and its share of the bound that read bandwidth, measured
+    before and after in the same run, sets on the bytes a token must read.
+    """
+    rates = {name: latency.read_bandwidth(threads, huge) for name, huge in PAGES}
     process = psutil.Process()
     before = process.memory_info().rss
     session = target.open(folder, manifest, threads)
@@ -105,26 +110,24 @@ def measure_bundle(
     result = latency.measure_session(session, manifest, threads, prompt_tokens, runs, steps)
     result["memory_bytes"] = process.memory_info().rss - before
     result["load_s"] = session.load_seconds
-    result["decode_bytes"] = target.decode_bytes(folder, manifest)
+    result["decode_bytes"] = target.decode_bytes(folder, manifest) + result.pop("cache_bytes")
     session.close()
-    result["bandwidth"] = bandwidth_share(result, threads)
+    for name, huge in PAGES:
+        rates[name] += latency.read_bandwidth(threads, huge)
+    result["bandwidth"] = {name: bandwidth_share(result, found) for name, found in rates.items() if found}
     return result
 
 
-def bandwidth_share(result: dict[str, Any], threads: int) -> dict[str, Any]:
-    """Measured read bandwidth, the decode bound it sets, and the share reached."""
-    entry: dict[str, Any] = {}
-    for name, huge in (("pages_4k", False), ("pages_huge", True)):
-        rate = latency.read_bandwidth(threads, huge)
-        if rate is None:
-            continue
-        bound = rate / result["decode_bytes"]
-        entry[name] = {
-            "bytes_per_s": rate,
-            "bound_tokens_per_s": bound,
-            "share": result["decode"]["tokens_per_s_median"] / bound,
-        }
-    return entry
+def bandwidth_share(result: dict[str, Any], rates: list[float]) -> dict[str, Any]:
+    """The bound that the median of the measured bandwidths (bytes/s) sets on decode, and the share reached."""
+    rate = statistics.median(rates)
+    bound = rate / result["decode_bytes"]
+    return {
+        "bytes_per_s": rate,
+        "runs": len(rates),
+        "bound_tokens_per_s": bound,
+        "share": result["decode"]["tokens_per_s_median"] / bound,
+    }
 
 
 def failures(report: dict[str, Any]) -> list[str]:

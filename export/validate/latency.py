@@ -95,7 +95,18 @@ def measure_session(
     return {
         "prefill": {**summary(prefill_seconds, prompt_tokens, 1, threads), "prompt_tokens": prompt_tokens},
         "decode": summary(decode_seconds, 1, 4, threads),
+        "cache_bytes": cache_row_bytes(manifest) * (prompt_tokens + len(decode_seconds) // 2),
     }
+
+
+def cache_row_bytes(manifest: dict[str, Any]) -> int:
+    """Bytes that one token of context adds to the KV cache, all layers together."""
+    total = 0
+    for state in manifest["states"]:
+        if state["kind"] in ("key", "value"):
+            *_, heads, _, width = state["shape"]
+            total += heads * width * np.dtype(state["dtype"]).itemsize
+    return total
 
 
 def measure_reference(
@@ -138,11 +149,11 @@ def measure_reference(
     }
 
 
-def read_bandwidth(threads: int, huge_pages: bool) -> float | None:
-    """Bytes/s of summing a 1 GiB anonymous buffer, best of 5; None where pages cannot be chosen."""
+def read_bandwidth(threads: int, huge_pages: bool, runs: int = 5) -> list[float]:
+    """Bytes/s of summing a 1 GiB anonymous buffer, run by run; empty where pages cannot be chosen."""
     advice = getattr(mmap, "MADV_HUGEPAGE" if huge_pages else "MADV_NOHUGEPAGE", None)
     if advice is None and huge_pages:
-        return None
+        return []
     with mmap.mmap(-1, BUFFER_BYTES) as region:
         if advice is not None:
             region.madvise(advice)
@@ -151,8 +162,8 @@ def read_bandwidth(threads: int, huge_pages: bool) -> float | None:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            best = min(timed(buffer.sum, 5, 1))
+            seconds = timed(buffer.sum, runs, 1)
         finally:
             torch.set_num_threads(before)
         del buffer
-    return BUFFER_BYTES / best
+    return [BUFFER_BYTES / each for each in seconds]

@@ -1,0 +1,117 @@
+"""Speed of the default int4 recipe on 0.8B shapes, beside onnxruntime-genai's own builder in the same run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from export.__main__ import main
+from export.bundle.reader import Bundle
+from export.checkpoint.random import RandomCheckpoint
+from export.sizes import SIZES
+from export.validate import judge
+from targets import load_target
+
+og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel for this platform")
+pytestmark = pytest.mark.slow
+
+TINY = Path(__file__).parents[1] / "checkpoints" / "tiny"
+CONTEXT, PROMPT, STEPS, THREADS, ROUNDS = 1024, 512, 96, 2, 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("speed")
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> Path:
+    words = ["--target", "onnx", "--size", "0.8b", "--checkpoint", "random", "--context-length", str(CONTEXT)]
+    assert main([*words, "--no-vision", "--skip-validation", "--quiet", "-o", str(folder / "ours")]) == 0
+    return folder / "ours"
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Path:
+    """The same random weights as a published-form folder, built by the other runtime's int4 CPU default."""
+    pytest.importorskip("onnx_ir", reason="the builder of onnxruntime-genai needs onnx-ir")
+    source = folder / "published"
+    source.mkdir()
+    config = SIZES["0.8b"].config
+    assert config is not None
+    checkpoint = RandomCheckpoint(config, 0, "0.8b")
+    tensors = {name: checkpoint.read(name).to(torch.bfloat16) for name in checkpoint.names()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text(json.dumps(checkpoint.config))
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(TINY / name, source / name)
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(source)]
+    command += ["-o", str(folder / "theirs"), "-p", "int4", "-e", "cpu", "-c", str(folder / "cache")]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-2000:]
+    return folder / "theirs"
+
+
+def measure_theirs(path: Path) -> tuple[float, float]:
+    """(prefill, decode) tokens/s, medians, as that runtime's own benchmark times them."""
+    config = og.Config(str(path))
+    options = {"intra_op_num_threads": THREADS, "inter_op_num_threads": 1}
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+    model = og.Model(config)
+    ids = np.random.default_rng(0).integers(0, 2**16, PROMPT).astype(np.int32)
+    prefill, decode = [], []
+    for run in range(4):
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=CONTEXT, min_length=CONTEXT, do_sample=False)
+        generator = og.Generator(model, parameters)
+        begin = time.perf_counter()
+        generator.append_tokens(ids)
+        prefill.append(time.perf_counter() - begin)
+        for _ in range(STEPS // 3 if run else 4):
+            begin = time.perf_counter()
+            generator.generate_next_token()
+            decode.append(time.perf_counter() - begin)
+        if not run:
+            prefill.clear()
+            decode.clear()
+        del generator
+    return PROMPT / statistics.median(prefill), 1 / statistics.median(decode)
+
+
+def measure_ours(path: Path) -> dict[str, Any]:
+    bundle = Bundle.open(path, verify=False)
+    target = load_target("onnx")
+    return judge.measure_bundle(target, path, bundle.manifest, THREADS, 3, PROMPT, STEPS)
+
+
+def test_faster_than_the_other_builder_and_near_the_bandwidth_bound(ours: Path, theirs: Path) -> None:
+    rows = []
+    for _ in range(ROUNDS):  # in turn, so that a slow minute of the machine hits both
+        mine = measure_ours(ours)
+        prefill, decode = measure_theirs(theirs)
+        rows.append(
+            {
+                "prefill": mine["prefill"]["tokens_per_s_median"],
+                "decode": mine["decode"]["tokens_per_s_median"],
+                "their prefill": prefill,
+                "their decode": decode,
+                "share": mine["bandwidth"]["pages_4k"]["share"],
+                "GB/s": mine["bandwidth"]["pages_4k"]["bytes_per_s"] / 1e9,
+            }
+        )
+    sys.stdout.write(json.dumps([{k: round(v, 2) for k, v in row.items()} for row in rows], indent=1))
+    middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    assert middle["decode"] >= 1.25 * middle["their decode"], rows
+    assert middle["prefill"] >= 1.8 * middle["their prefill"], rows
+    assert middle["share"] >= 0.6, rows
