@@ -66,6 +66,9 @@ GATES: dict[str, Gate] = {
     "L3.fp32.task_drop": Gate(0.0, "points of task accuracy lost without quantisation: none"),
     "L3.int8.task_drop": Gate(1.0, "points of task accuracy lost to int8 (demand 5.3)"),
     "L3.int4.task_drop": Gate(3.0, "points of task accuracy lost to int4 (demand 5.3)"),
+    "L3.task_reference": Gate(
+        0.9, "a model that cannot do its task in fp32 would make every drop look harmless", at_least=True
+    ),
     "L3.drift": Gate(4.0, "KL of the last quarter of 512 decode steps over that of the first quarter"),
     "L3.chunking": Gate(
         0.05, "the same prompt cut otherwise: int8 activations are quantised per row, so little changes"

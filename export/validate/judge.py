@@ -10,10 +10,12 @@ from typing import Any
 import psutil
 
 from export.bundle.writer import BundleWriter
+from export.chat.template import load_tokenizer
 from export.checkpoint.base import Checkpoint
 from export.model.config import ModelConfig
 from export.quantize.recipe import Recipe
-from export.validate import latency
+from export.sizes import TINY
+from export.validate import latency, task
 from export.validate.ladder import RUNGS, Case, climb
 from targets.base import Target
 
@@ -48,8 +50,12 @@ def judge(
         tokens=PROBE_TOKENS.get(size, 64),
         drift_steps=0 if random else DRIFT_STEPS.get(size, 0),
         gate_quality=not random,
-        task=_task(folder, size, random),
     )
+    skills = _skills(checkpoint, config, manifest)
+    if skills:
+        tokenizer = load_tokenizer(folder)
+        case.task = lambda generate: task.evaluate(generate, tokenizer, tasks=skills)
+        case.text = task.text(tokenizer, max(case.tokens, case.drift_steps))
     results = []
     for rung in rungs:
         with stage(f"validate {rung}"):
@@ -64,15 +70,15 @@ def judge(
     return report
 
 
-def _task(folder: Path, size: str, random: bool) -> Any:
-    """The task metric of the trained tiny checkpoint; other checkpoints bring none."""
-    if size != "tiny" or random or not (folder / "tokenizer.json").exists():
-        return None
-    from export.chat.template import load_tokenizer
-    from export.validate import task
-
-    tokenizer = load_tokenizer(folder)
-    return lambda generate: task.evaluate(generate, tokenizer)
+def _skills(checkpoint: Checkpoint, config: ModelConfig, manifest: dict[str, Any]) -> tuple[str, ...]:
+    """Tasks that measure this bundle: those of the shipped tiny checkpoint, whole, where they fit."""
+    source = manifest["model"]["source"]
+    shipped = manifest["model"]["size"] == TINY and source["kind"] == "path" and source["id"] == TINY
+    whole = config.text.num_hidden_layers == checkpoint.model_config.text.num_hidden_layers
+    if not shipped or not whole or manifest["context_length"] < task.LONGEST:
+        return ()
+    sizes = {(h, w) for h, w in manifest["image_sizes"]}
+    return tuple(t for t in task.TASKS if t in task.WITHOUT_PICTURE or sizes.issuperset(task.IMAGE_SIZES))
 
 
 def measure(

@@ -30,6 +30,7 @@ from export.validate.probe import Probe, make_probe
 from targets.base import Job, Session, Target
 
 RUNGS = ("L0", "L1", "L2", "L3")
+GREEDY_TOKENS = 64
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -68,8 +69,8 @@ class Case:
     """False for random weights, whose L3 says nothing about a real model."""
     task: Callable[[Any], dict[str, float]] | None = None
     """Task accuracy of a generate function, where the checkpoint has a task."""
-    task_reference: dict[str, float] | None = None
-    """Accuracies of the fp32 model, if known already."""
+    text: list[int] | None = None
+    """Token ids the probes are made of, at least as many as they are long; None: random ids."""
 
     @cached_property
     def weights(self) -> Weights:
@@ -86,7 +87,7 @@ class Case:
     @cached_property
     def probe(self) -> Probe:
         limit = min(self.tokens, int(self.manifest["context_length"]))
-        return make_probe(self.config, limit, self.image_sizes)
+        return make_probe(self.config, limit, self.image_sizes, text=self.text)
 
     @cached_property
     def plan(self) -> list[tuple[int | None, int]]:
@@ -324,7 +325,7 @@ def l3(case: Case) -> Rung:
 def _drift(case: Case, session: Session, series: dict[str, Any]) -> list[Check]:
     """KL over many teacher-forced decode steps: does the recurrent state wander off?"""
     steps = min(case.drift_steps, int(case.manifest["context_length"]))
-    probe = make_probe(case.config, steps, (), seed=1)
+    probe = make_probe(case.config, steps, (), seed=1, text=case.text)
     rows = reference.embed(case.checkpoint, probe.ids)
     truth, _ = reference.hf_sequence(case.checkpoint, case.config, rows, probe.positions, 1)
     logits = np.stack(replay(session, rows, probe.positions, [(None, 1)] * steps, junk=0.0))
@@ -346,15 +347,22 @@ def _task(
     """Exact answers on the checkpoint's own task, fp32 PyTorch beside the bundle."""
     from export.model.session import Model, TorchSession
 
-    if case.task_reference is None:
-        own = TorchSession(Model.load(case.weights), contract.context_length, contract.prefill_lengths)
-        case.task_reference = task(generator(own, contract))
+    own = TorchSession(Model.load(case.weights), contract.context_length, contract.prefill_lengths)
+    expected = task(generator(own, contract))
     scores = task(generator(session, contract))
-    series["task"] = {"reference": case.task_reference, "bundle": scores}
-    drops = [100 * (case.task_reference[name] - score) for name, score in scores.items()]
-    checks = [quality_check("task_drop", float(np.mean(drops)))]
+    series["task"] = {"reference": expected, "bundle": scores}
+    drops = [100 * (expected[name] - score) for name, score in scores.items()]
+    checks = [
+        check("L3.task_reference", float(np.mean(list(expected.values()))), gated=case.gate_quality),
+        quality_check("task_drop", float(np.mean(drops))),
+    ]
     checks += [check(f"L3.task.{name}", score) for name, score in scores.items()]
-    return checks
+    start = case.probe.ids[: len(case.probe.ids) // 8]
+    greedy = [
+        Conversation(each, contract).generate(start, max_new_tokens=GREEDY_TOKENS, stop=()) for each in (own, session)
+    ]
+    same = next((i for i, (a, b) in enumerate(zip(*greedy, strict=True)) if a != b), len(greedy[0]))
+    return [*checks, check("L3.greedy_tokens", same)]
 
 
 def generator(session: Any, contract: Contract) -> Callable[[list[NDArray[Any]], list[int]], list[int]]:

@@ -31,6 +31,10 @@ KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 MAX_PAIRS = 44
 """44 pairs of 4 tokens: the first lies 176 tokens and the question's own before the answer."""
 
+WITHOUT_PICTURE = ("recall", "arithmetic")
+LONGEST = 320
+"""Tokens of context that every task fits in, with its answer."""
+
 # 5×7 bitmaps, one row per number, most significant bit left.
 FONT = {
     "A": (14, 17, 17, 31, 17, 17, 17),
@@ -170,23 +174,45 @@ def expand(ids: Sequence[int], images: Sequence[Picture], image_token_id: int) -
     return result
 
 
-def evaluate(generate: Generate, tokenizer: Any, *, samples: int = 50, seed: int = HELD_OUT) -> dict[str, float]:
+def evaluate(
+    generate: Generate,
+    tokenizer: Any,
+    *,
+    samples: int = 100,
+    seed: int = HELD_OUT,
+    tasks: Sequence[str] = tuple(TASKS),
+) -> dict[str, float]:
     """Share of exact answers per task.
 
     Args:
         generate: (pictures [H, W, 3] in 0…1, prompt ids with image tokens expanded) -> new ids without the
         stop token. tokenizer: transformers' tokenizer of the checkpoint. samples: per task, from seed on.
     """
-    from export.chat.template import render
-
-    image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     scores = {}
-    for task in TASKS:
+    for task in tasks:
         right = 0
         for number in range(samples):
             case = sample(task, seed + number)
-            ids = expand(render(tokenizer, case.messages, enable_thinking=False), case.images, image_token)
-            answer = tokenizer.decode(generate(case.images, ids), skip_special_tokens=True)
+            answer = tokenizer.decode(generate(case.images, prompt(case, tokenizer)), skip_special_tokens=True)
             right += answer.strip() == case.answer
         scores[task] = right / samples
     return scores
+
+
+def prompt(case: Sample, tokenizer: Any) -> list[int]:
+    """Token ids of a sample's conversation up to the answer, image tokens expanded."""
+    from export.chat.template import render
+
+    image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    return expand(render(tokenizer, case.messages, enable_thinking=False), case.images, image_token)
+
+
+def text(tokenizer: Any, tokens: int, seed: int = HELD_OUT) -> list[int]:
+    """At least `tokens` ids of answered conversations without pictures: words the model knows, for probes."""
+    ids: list[int] = []
+    for number in range(tokens):
+        if len(ids) >= tokens:
+            break
+        case = sample(WITHOUT_PICTURE[number % 2], seed + number)
+        ids += prompt(case, tokenizer) + tokenizer(f"{case.answer}<|im_end|>\n", add_special_tokens=False)["input_ids"]
+    return ids
