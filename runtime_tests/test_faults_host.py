@@ -1,0 +1,168 @@
+"""Faults above and below the lowering: in our own modules (L0) and in the host that feeds a bundle (L3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export.model import decoder, operators, positions
+from export.quantize.recipe import Recipe
+from export.validate import ladder
+from export.validate.ladder import Case, Rung, l0, l3
+from runtime_tests.conftest import MemoryCheckpoint
+from runtime_tests.test_onnx import build
+from targets import load_target
+from targets.to_onnx.session import OnnxSession
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(scope="module")
+def case(small: MemoryCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("host")
+    _, manifest, _ = build(small, folder, Recipe.unquantised())
+    target = load_target("onnx")
+    return Case(small, small.model_config, Recipe.unquantised(), target, folder, manifest, 1)
+
+
+class Wrong:
+    """The operators with one replaced."""
+
+    def __init__(self, name: str, replacement: Callable[..., Any]) -> None:
+        setattr(self, name, replacement)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(operators.ops, name)
+
+
+def wrong_operator(name: str, replacement: Callable[..., Any]) -> Callable[[Patch], None]:
+    return lambda patch: patch.setattr(decoder, "ops", Wrong(name, replacement))
+
+
+def contiguous(positions: Any, theta: float, dim: int, sections: list[int], dtype: Any) -> Any:
+    """M-RoPE sections one after the other."""
+    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(sections))
+    frequency = theta ** -(torch.arange(dim // 2) * 2 / dim)
+    angle = positions.float()[axis].T * frequency
+    return angle.cos(), angle.sin()
+
+
+L0: dict[str, Callable[[Patch], None]] = {
+    "eps of the rms norm too large": wrong_operator(
+        "rms_norm", lambda x, w, eps: operators.rms_norm(x, w, 1e-3)
+    ),
+    "eps of the l2 norm too large": wrong_operator("l2_norm", lambda x, eps, s: operators.l2_norm(x, 1e-3, s)),
+    "gate before the norm": wrong_operator(
+        "gated_rms_norm", lambda x, w, gate, eps: operators.rms_norm(x * torch.nn.functional.silu(gate), w, eps)
+    ),
+    "conv state of the padded tail": wrong_operator(
+        "causal_conv", lambda x, w, s, valid: operators.causal_conv(x, w, s, None)
+    ),
+    "padding reaches the recurrent state": wrong_operator(
+        "delta_gates", lambda a, b, d, t, valid: operators.delta_gates(a, b, d, t, None)
+    ),
+    "M-RoPE sections not interleaved": wrong_operator("rotary_table", contiguous),
+    "attention one row late": wrong_operator(
+        "cached_attention", lambda q, k, v, a, b, start, s: operators.cached_attention(q, k, v, a, b, start + 1, s)
+    ),
+}
+
+
+def test_l0_and_l3_pass_as_they_are(case: Case) -> None:
+    for rung in (l0(case), l3(case)):
+        assert rung.status == "PASS", [(c.name, c.value) for c in rung.checks]
+
+
+@pytest.mark.parametrize("fault", list(L0))
+def test_l0_catches(fault: str, case: Case, monkeypatch: Patch) -> None:
+    assert case.truth  # before the fault, though the reference does not use our operators
+    L0[fault](monkeypatch)
+    assert l0(case).status == "FAIL"
+
+
+def damaged(change: Callable[[OnnxSession, str, dict[str, Any]], dict[str, Any]]) -> Callable[[Patch], None]:
+    """A host that alters what it feeds, or the states between calls."""
+
+    def patch(monkeypatch: Patch) -> None:
+        right = OnnxSession.run
+        monkeypatch.setattr(OnnxSession, "run", lambda s, name, x: right(s, name, change(s, name, dict(x))))
+
+    return patch
+
+
+def positions_as_text(session: OnnxSession, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    if "position_ids" in inputs:
+        count = inputs["position_ids"].shape[1]
+        inputs["position_ids"] = np.tile(inputs["start"] + np.arange(count, dtype=np.int32), (3, 1))
+    return inputs
+
+
+def positions_of_one_axis(session: OnnxSession, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    if "position_ids" in inputs:
+        inputs["position_ids"] = np.tile(inputs["position_ids"][:1], (3, 1))
+    return inputs
+
+
+def colours_exchanged(session: OnnxSession, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    if "image" in inputs:
+        inputs["image"] = np.ascontiguousarray(inputs["image"][:, ::-1])
+    return inputs
+
+
+def all_rows_valid(session: OnnxSession, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    if "valid" in inputs:
+        inputs["valid"] = np.asarray([inputs["embeddings"].shape[1]], np.int32)
+    return inputs
+
+
+def lost(kind: str) -> Callable[[OnnxSession, str, dict[str, Any]], dict[str, Any]]:
+    def change(session: OnnxSession, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        for state, array in session.states().items():
+            if state.startswith(kind) and "start" in inputs:
+                array[...] = 0
+        return inputs
+
+    return change
+
+
+def swapped_images(patch: Patch) -> None:
+    right = positions.splice
+    patch.setattr(ladder, "splice", lambda rows, ids, token, images: right(rows, ids, token, list(images)[::-1]))
+
+
+def reversed_rows(patch: Patch) -> None:
+    right = positions.splice
+    patch.setattr(
+        ladder, "splice", lambda rows, ids, token, images: right(rows, ids, token, [i[::-1] for i in images])
+    )
+
+
+L3: dict[str, Callable[[Patch], None]] = {
+    "image positions as text": damaged(positions_as_text),
+    "one axis of positions for all three": damaged(positions_of_one_axis),
+    "colours of the picture exchanged": damaged(colours_exchanged),
+    "padding counted as valid": damaged(all_rows_valid),
+    "conv state not carried": damaged(lost("conv")),
+    "recurrent state not carried": damaged(lost("recurrent")),
+    "keys not carried": damaged(lost("key")),
+    "values not carried": damaged(lost("value")),
+    "two pictures exchanged": swapped_images,
+    "rows of a picture reversed": reversed_rows,
+}
+
+
+@pytest.mark.parametrize("fault", list(L3))
+def test_l3_catches(fault: str, case: Case, monkeypatch: Patch) -> None:
+    assert case.truth
+    L3[fault](monkeypatch)
+    rung: Rung = l3(case)
+    assert rung.status == "FAIL", [(c.name, c.value) for c in rung.checks]
+
+
+def test_the_fixture_leaves_no_trace(case: Case, tmp_path: Path) -> None:
+    assert l3(case).status == "PASS"
