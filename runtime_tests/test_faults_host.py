@@ -14,7 +14,7 @@ from export.model import decoder, operators, positions
 from export.quantize.recipe import Recipe
 from export.validate import ladder
 from export.validate.ladder import Case, Rung, l0, l3
-from runtime_tests.conftest import MemoryCheckpoint
+from runtime_tests.conftest import MemoryCheckpoint, variant
 from runtime_tests.test_onnx import build
 from targets import load_target
 from targets.to_onnx.session import OnnxSession
@@ -23,11 +23,16 @@ Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")
-def case(small: MemoryCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def model() -> MemoryCheckpoint:
+    return MemoryCheckpoint(variant(num_hidden_layers=4))
+
+
+@pytest.fixture(scope="module")
+def case(model: MemoryCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("host")
-    _, manifest, _ = build(small, folder, Recipe.unquantised())
+    _, manifest, _ = build(model, folder, Recipe.unquantised())
     target = load_target("onnx")
-    return Case(small, small.model_config, Recipe.unquantised(), target, folder, manifest, 1)
+    return Case(model, model.model_config, Recipe.unquantised(), target, folder, manifest, 1)
 
 
 class Wrong:
