@@ -11,7 +11,7 @@ import torch
 from export.checkpoint.weights import Weights
 from export.model.positions import PositionCounter, PromptError, splice
 from export.validate import metrics, reference
-from export.validate.ladder import make_plan, prefilled, state_errors
+from export.validate.ladder import make_plan, state_errors
 from export.validate.probe import make_probe
 
 LIMIT = 2e-5
@@ -57,7 +57,8 @@ def test_own_modules_equal_transformers_after_chunks_images_and_steps(checkpoint
     probe, rows = sequence(checkpoint, tokens)
     weights = Weights(checkpoint, config)
     plan = make_plan(tokens, (16, 64))
-    truth, states = reference.hf_sequence(checkpoint, config, rows, probe.positions, prefilled(plan))
+    chunked = sum(valid for length, valid in plan if length is not None)
+    truth, states = reference.hf_sequence(checkpoint, config, rows, probe.positions, chunked)
     assert any(length and valid < length for length, valid in plan), "the plan must hold a padded chunk"
     own, own_states = reference.own_sequence(weights, rows, probe.positions, plan, tokens + 63)
     assert metrics.relative(truth, own) < LIMIT

@@ -115,11 +115,6 @@ def make_plan(tokens: int, lengths: tuple[int, ...]) -> list[tuple[int | None, i
     return steps + [(None, 1)] * (tokens - min(prefill, tokens))
 
 
-def prefilled(plan: list[tuple[int | None, int]]) -> int:
-    """Tokens that a plan feeds in chunks."""
-    return sum(valid for length, valid in plan if length is not None)
-
-
 def state_errors(config: ModelConfig, truth: Arrays, states: Arrays, tokens: int) -> dict[str, float]:
     """Relative error of each state; KV caches over the rows written so far."""
     errors = {}
