@@ -96,7 +96,18 @@ def operand(op: str, place: int, source: Callable[[Graph, onnx.NodeProto], str])
 
 
 def zeros_like(place: int) -> Callable[[Graph, onnx.NodeProto], str]:
-    return lambda graph, node: graph.constant(np.zeros(graph.shapes[node.input[place]]), np.float32)
+    """Zeros in place of a past state; other inputs stay as they are."""
+
+    def source(graph: Graph, node: onnx.NodeProto) -> str:
+        name = node.input[place]
+        return graph.constant(np.zeros(graph.shapes[name]), np.float32) if name.startswith("past.") else name
+
+    return source
+
+
+def first_size(graph: Graph, node: onnx.NodeProto) -> str:
+    """Tables of the first image size, whatever the size of the call; other gathers stay as they are."""
+    return graph.constant([0], np.int64) if "ArgMax" in node.input[1] else node.input[1]
 
 
 def swap_inputs(op: str, a: int, b: int) -> Any:
@@ -191,29 +202,21 @@ def ungated(right: Any) -> Any:
     return wrong
 
 
-def patch_order(right: Any) -> Any:
-    """Patches in raster order, not grouped by the 2×2 squares that merge."""
+def transposed(name: str) -> Callable[[Patch], None]:
+    """Rows and columns of the patch grid exchanged in a table made at export."""
 
-    def wrong(low: Any, node: Any) -> None:
-        x, patch, _ = node.args
-        channels, height, width = (int(d) for d in operators.shape_of(x))
-        split = (channels, height // patch, patch, width // patch, patch)
-        order = [1, 3, 0, 2, 4]
-        shape = tuple(split[i] for i in order)
-        low.define(node, low.graph.apply("Transpose", [low.value(x, split)], shape, perm=order))
+    def patch(monkeypatch: Patch) -> None:
+        right = getattr(operators, name)
+        if name == "resample_positions":
+            monkeypatch.setattr(operators, name, lambda table, rows, columns, merge: right(table, columns, rows, merge))
+        else:
+            monkeypatch.setattr(operators, name, lambda rows, columns, *rest: right(columns, rows, *rest))
 
-    return wrong
+    return patch
 
 
-def other_grid(right: Any) -> Any:
-    """Rows and columns of the patch grid exchanged."""
-
-    def wrong(low: Any, node: Any) -> None:
-        x, rows, columns, *rest = node.args
-        node.args = (x, columns, rows, *rest)
-        right(low, node)
-
-    return wrong
+def is_patches(node: onnx.NodeProto) -> bool:
+    return any(len(a.ints) == 7 for a in node.attribute)
 
 
 def transform(name: str, wrong: str) -> Callable[[Patch], None]:
@@ -264,9 +267,10 @@ L1: dict[str, Any] = {
     "wrong head grouping": emitter("mobile.gated_delta_chunk.default", tiled_heads),
     "M-RoPE sections not interleaved": emitter("mobile.rotary_table.default", contiguous_sections),
     "attention gate without sigmoid": emitter("aten.sigmoid.default", ungated),
-    "patches in raster order": emitter("mobile.patchify.default", patch_order),
-    "vision rotary grid transposed": emitter("mobile.grid_rotary.default", other_grid),
-    "vision positions transposed": emitter("mobile.resample_positions.default", other_grid),
+    "patches in raster order": attribute("Transpose", "perm", [1, 2, 4, 5, 0, 3, 6], is_patches),
+    "vision rotary grid transposed": transposed("grid_rotary_table"),
+    "vision positions transposed": transposed("resample_positions"),
+    "tables of another image size": operand("Gather", 1, first_size),
     "exact gelu in the vision MLP": attribute("Gelu", "approximate", "none"),
     "zero-centred norm without one": transform("plus_one", "none"),
     "positive decay": transform("negative_exp", "none"),

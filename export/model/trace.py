@@ -116,14 +116,23 @@ def trace_decoder(
     return _trace(name, module, example, inputs, outputs, tuple(states), dynamic)
 
 
-def trace_vision(config: ModelConfig, height: int, width: int) -> Program:
-    """Trace the vision encoder for one image size in pixels."""
+def trace_vision(config: ModelConfig, height: int | None = None, width: int | None = None) -> Program:
+    """Trace the vision encoder for one image size in pixels, or with symbolic height and width.
+
+    Symbolic, the patch grid appears as numbers of an arbitrary example in the arguments of
+    `resample_positions` and `grid_rotary`: the lowering must put the size of the call in their place.
+    """
     if config.vision is None:
         raise ValueError("the model has no vision encoder")
+    side = config.vision.pixels_per_token
+    dynamic: tuple[object, ...] | None = None
+    if height is None or width is None:
+        dynamic = ({2: side * Dim("rows", min=2), 3: side * Dim("columns", min=2)},)
     with torch.device("meta"):
         vision = VisionEncoder(config.vision).eval()
-        example = (torch.empty(1, 3, height, width),)
-    return _trace(f"vision_{height}x{width}", _Vision(vision), example, ("image",), ("image_embeddings",), ())
+        example = (torch.empty(1, 3, height or 3 * side, width or 5 * side),)
+    name = "vision" if dynamic else f"vision_{height}x{width}"
+    return _trace(name, _Vision(vision), example, ("image",), ("image_embeddings",), (), dynamic)
 
 
 def trace_embed(config: ModelConfig) -> Program:

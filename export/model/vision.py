@@ -77,5 +77,5 @@ class VisionEncoder(nn.Module):
         x = x + ops.resample_positions(self.position_weight, rows, columns, merge)
         for block in self.blocks:
             x = block(x, rows, columns)
-        x = self.merger_norm(x).reshape(*x.shape[:-2], rows * columns // merge**2, -1)
+        x = self.merger_norm(x).reshape(*x.shape[:-2], -1, merge**2 * config.hidden_size)
         return self.merger_down(F.gelu(self.merger_up(x)))

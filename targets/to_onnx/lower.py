@@ -1,5 +1,5 @@
 """Traced programs to ONNX files: one decoder graph for every prefill length and decode, one embedding
-graph, one vision graph per image size, and a single weight file behind them all.
+graph, one vision graph for every image size, and a single weight file behind them all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from targets.to_onnx.graph import Graph, Shape, WeightFile
 from targets.to_onnx.operators import Lowering, shape_of, walk
 
 WEIGHTS = "weights.bin"
+VISION = "vision.onnx"
 DTYPES = {
     "embeddings": TensorProto.FLOAT,
     "position_ids": TensorProto.INT32,
@@ -37,7 +38,7 @@ def state_shape(state: State) -> Shape:
 
 
 def lower(job: Job) -> Lowered:
-    """Write decoder.onnx, embed.onnx, vision_*.onnx and weights.bin into the job's folder."""
+    """Write decoder.onnx, embed.onnx, vision.onnx and weights.bin into the job's folder."""
     rows = cache_rows(job.context_length, job.prefill_lengths)
     with WeightFile(job.folder / WEIGHTS, job.resume) as weights:
         program = trace.trace_decoder(job.config, rows, None)
@@ -48,10 +49,9 @@ def lower(job: Job) -> Lowered:
         (job.folder / genai.CONFIG).write_text(dump(genai.config(job, list(job.stop_token_ids))))
         files |= {genai.GRAPH: "genai", genai.CONFIG: "genai"}
         images = job.image_sizes if job.config.vision is not None else ()
-        for height, width in images:
-            name = f"vision_{height}x{width}.onnx"
-            _emit(job, weights, trace.trace_vision(job.config, height, width), name)
-            files[name] = "vision"
+        if images:
+            _emit(job, weights, trace.trace_vision(job.config), VISION)
+            files[VISION] = "vision"
     states = [
         {
             "name": state.name,
@@ -67,7 +67,7 @@ def lower(job: Job) -> Lowered:
 
 def _emit(job: Job, weights: WeightFile, program: trace.Program, name: str) -> None:
     graph = Graph(program.signature, weights)
-    low = Lowering(graph, program, job.quantizer, job.advance)
+    low = Lowering(graph, program, job.quantizer, job.advance, job.image_sizes)
     placeholders = [n for n in program.exported.graph.nodes if n.op == "placeholder"]
     free = [n for n in placeholders if program.parameter(n.name) is None]
     for node, tensor in zip(free, program.inputs, strict=False):
@@ -143,6 +143,6 @@ def _signatures(
         signatures[f"vision_{height}x{width}"] = {
             "inputs": [_tensor("image", (1, 3, height, width))],
             "outputs": [_tensor("image_embeddings", (1, count, hidden), "float32")],
-            "stages": [stage(f"vision_{height}x{width}.onnx", ["image"], "image_embeddings")],
+            "stages": [stage(VISION, ["image"], "image_embeddings")],
         }
     return signatures

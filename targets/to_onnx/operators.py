@@ -16,6 +16,7 @@ import torch
 from onnx import TensorProto
 from torch.fx import Node
 
+from export.model.config import VisionConfig
 from export.model.operators import grid_rotary_table, resample_positions
 from export.model.trace import Program
 from export.quantize.quantizer import Quantizer
@@ -29,8 +30,16 @@ ACCURACY_LEVEL = 4
 class Lowering:
     """State of one walk: fx node -> (value name, logical shape), and where weights come from."""
 
-    def __init__(self, graph: Graph, program: Program, quantizer: Quantizer, advance: Callable[[int], None]):
+    def __init__(
+        self,
+        graph: Graph,
+        program: Program,
+        quantizer: Quantizer,
+        advance: Callable[[int], None],
+        image_sizes: tuple[tuple[int, int], ...] = (),
+    ):
         self.graph = graph
+        self.image_sizes = image_sizes
         self.program = program
         self.quantizer = quantizer
         self.advance = advance
@@ -103,6 +112,48 @@ class Lowering:
             accuracy_level=ACCURACY_LEVEL,
         )
 
+    # -- pictures: one graph serves every size -------------------------------------------------------
+    def patch_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of patches of a picture of (height, width) pixels."""
+        vision = self.vision
+        return size[0] // vision.patch_size, size[1] // vision.patch_size
+
+    @property
+    def vision(self) -> VisionConfig:
+        vision = self.quantizer.weights.config.vision
+        if vision is None:
+            raise ValueError("the model has no vision encoder")
+        return vision
+
+    def image_grid(self) -> tuple[str, str]:
+        """Rows and columns of image tokens of this call's picture, int64 [1] each."""
+        side = self.graph.constant([self.vision.pixels_per_token], np.int64)
+
+        def count(axis: int) -> str:
+            pixels = self.graph.apply("Shape", ["image"], (1,), start=axis, end=axis + 1)
+            return self.graph.apply("Div", [pixels, side], (1,))
+
+        return self.once("image_rows", lambda: count(2)), self.once("image_columns", lambda: count(3))
+
+    def of_this_size(self, tables: str, rows: int | str) -> str:
+        """From tables [sum of N, D] of all image sizes, one after the other, the one of this call [N, D]."""
+        graph, side = self.graph, self.vision.pixels_per_token
+        counts = [rows * columns for rows, columns in map(self.patch_grid, self.image_sizes)]
+        starts = np.cumsum([0, *counts[:-1]])
+
+        def chosen() -> str:
+            grid = graph.apply("Concat", list(self.image_grid()), (2,), axis=0)
+            known = graph.constant([[h // side, w // side] for h, w in self.image_sizes], np.int64)
+            equal = graph.apply("Cast", [graph.apply("Equal", [known, grid], (len(counts), 2))], (len(counts), 2), to=1)
+            both = graph.apply("ReduceSum", [equal, graph.constant([1], np.int64)], (len(counts),), keepdims=0)
+            return graph.apply("ArgMax", [both], (1,), axis=0, keepdims=1)
+
+        which = self.once("image_size", chosen)
+        ends = (graph.constant(bounds, np.int64) for bounds in (starts, starts + counts))
+        begin, end = (graph.apply("Gather", [bounds, which], (1,), axis=0) for bounds in ends)
+        axis = graph.constant([0], np.int64)
+        return graph.apply("Slice", [tables, begin, end, axis], (rows, *graph.shapes[tables][1:]))
+
     def once(self, name: str, make: Callable[[], str]) -> str:
         """A value shared by all layers of the graph."""
         if name not in self.shared:
@@ -124,8 +175,14 @@ def operands(node: Node) -> tuple[Any, ...]:
 
 
 def dims(shape: Any) -> Shape:
-    """Rows of tokens [C, …] get the batch axis [1, C, …] that most kernels want: no reshapes on the way."""
-    named = tuple(d if isinstance(d, int) else "C" for d in shape)
+    """Rows of tokens [C, …] get the batch axis [1, C, …] that most kernels want: no reshapes on the way.
+
+    The one symbol of a text program is C; sizes of pictures are expressions of two.
+    """
+    expressions = [d if isinstance(d, int) else d.node.expr for d in shape]
+    named = tuple(
+        d if isinstance(d, int) else int(d) if d.is_number else "C" if d.is_symbol else str(d) for d in expressions
+    )
     return (1, *named) if named and named[0] == "C" else named
 
 
@@ -283,12 +340,20 @@ def _rotary(low: Lowering, node: Node) -> None:
 
 
 def _grid_rotary(low: Lowering, node: Node) -> None:
-    x, rows, columns, merge, theta = operands(node)
+    x, _, _, merge, theta = operands(node)
     shape = shape_of(node)
-    cos, sin = grid_rotary_table(rows, columns, merge, int(shape[2]), theta, torch.device("cpu"))
-    tables = [low.graph.constant(t.unsqueeze(0).numpy(), np.float32) for t in (cos, sin)]
+    grids = [low.patch_grid(size) for size in low.image_sizes]
+
+    def table(place: int) -> str:
+        tables = [grid_rotary_table(*grid, merge, int(shape[2]), theta, torch.device("cpu"))[place] for grid in grids]
+        every = low.graph.constant(torch.cat(tables).numpy(), np.float32)
+        chosen = low.of_this_size(every, shape[0])
+        return low.graph.view(chosen, (1, *low.graph.shapes[chosen]))
+
+    cos = low.once("grid_cos", lambda: table(0))
+    sin = low.once("grid_sin", lambda: table(1))
     packed = low.value(x, flat_heads(shape))
-    low.define(node, _rotate(low, packed, tables[0], tables[1], int(shape[1]), int(shape[2])))
+    low.define(node, _rotate(low, packed, cos, sin, int(shape[1]), int(shape[2])))
 
 
 def _causal_conv(low: Lowering, node: Node) -> None:
@@ -457,32 +522,37 @@ def _normalize_image(low: Lowering, node: Node) -> None:
     x, mean, std = operands(node)
     scale = 1.0 / np.asarray(std, np.float64)
     shift = -np.asarray(mean, np.float64) * scale
-    graph, shape = low.graph, shape_of(node)
-    scaled = graph.apply("Mul", [low.value(x), graph.constant(scale.reshape(3, 1, 1), np.float32)], shape)
+    graph, picture = low.graph, low.values[x]
+    shape = graph.shapes[picture]
+    scaled = graph.apply("Mul", [picture, graph.constant(scale.reshape(3, 1, 1), np.float32)], shape)
     low.define(node, graph.apply("Add", [scaled, graph.constant(shift.reshape(3, 1, 1), np.float32)], shape))
 
 
 def _patchify(low: Lowering, node: Node) -> None:
     x, patch, merge = operands(node)
-    channels, height, width = (int(d) for d in shape_of(x))
-    rows, columns = height // patch // merge, width // patch // merge
-    split = (channels, rows, merge, patch, columns, merge, patch)
+    graph = low.graph
+    rows, columns = low.image_grid()
+    fixed = [graph.constant([n], np.int64) for n in (3, merge, patch)]
+    target = [fixed[0], rows, fixed[1], fixed[2], columns, fixed[1], fixed[2]]
+    shape = (3, "rows", merge, patch, "columns", merge, patch)
+    split = graph.apply("Reshape", [low.values[x], graph.apply("Concat", target, (7,), axis=0)], shape)
     order = [1, 4, 2, 5, 0, 3, 6]
-    moved = low.graph.apply(
-        "Transpose", [low.value(x, split)], tuple(split[i] for i in order), perm=order
-    )
-    low.define(node, moved)
+    low.define(node, graph.apply("Transpose", [split], tuple(shape[i] for i in order), perm=order))
 
 
 def _resample_positions(low: Lowering, node: Node) -> None:
-    """Depends on a weight only: computed here, one table per image size."""
-    table, rows, columns, merge = operands(node)
+    """Depends on a weight only: computed here, one table per image size, one after the other."""
+    table, _, _, merge = operands(node)
     parameter = low.parameter_name(table)
-    key = f"{parameter}|{rows}x{columns}"
+    grids = [low.patch_grid(size) for size in low.image_sizes]
+    key = f"{parameter}|" + ",".join(f"{rows}x{columns}" for rows, columns in grids)
     if key not in low.graph.weights:
-        resampled = resample_positions(low.quantizer.weights.tensor(parameter), rows, columns, merge)
-        low.graph.weights.write(key, np.dtype(np.float32), [resampled.numpy()])
-    low.define(node, low.graph.stored(key, [int(d) for d in shape_of(node)]))
+        learned = low.quantizer.weights.tensor(parameter)
+        tables = [resample_positions(learned, *grid, merge).numpy() for grid in grids]
+        low.graph.weights.write(key, np.dtype(np.float32), tables)
+    count = sum(rows * columns for rows, columns in grids)
+    every = low.graph.stored(key, (count, int(shape_of(node)[1])))
+    low.define(node, low.of_this_size(every, shape_of(node)[0]))
 
 
 def _embedding(low: Lowering, node: Node) -> None:
@@ -518,13 +588,8 @@ def embed_rows(low: Lowering, name: str, ids: str, shape: Shape) -> str:
     )
 
 
-def _nothing(low: Lowering, node: Node) -> None:
-    """Symbolic sizes live in shapes, not in values."""
-
-
 EMITTERS: dict[str, Emitter] = {
     "getitem": _getitem,
-    "aten.sym_size.int": _nothing,
     "aten.reshape.default": _reshape,
     "aten.squeeze.dim": _reshape,
     "aten.unsqueeze.default": _reshape,
@@ -564,8 +629,8 @@ def walk(low: Lowering) -> None:
         ValueError: an operator outside the table.
     """
     for node in low.program.exported.graph.nodes:
-        if node.op != "call_function":
-            continue
+        if node.op != "call_function" or isinstance(node.meta.get("val"), int | torch.SymInt):
+            continue  # symbolic sizes live in shapes, not in values
         name = "getitem" if node.target is operator.getitem else str(node.target)
         if name not in EMITTERS:
             raise ValueError(f"onnx has no emitter for operator {name}; add one to the table")
