@@ -21,6 +21,18 @@ from targets.base import Target
 
 PROBE_TOKENS = {"tiny": 192}
 DRIFT_STEPS = {"tiny": 512}
+GREEDY_SAMPLES = [(name, number) for name in task.WITHOUT_PICTURE for number in range(4)]
+PASSAGE = """The lighthouse keeper wrote in her log every evening. On the 3rd of March she noted: wind from \
+the north-west at 40 km/h, two ships passed, one light was replaced. "If the lamp fails," she once told a \
+visitor, "there are 12 minutes until the next ship is in danger." So she kept three spare lamps, checked them \
+on Mondays and Thursdays, and never went to bed before midnight.
+
+def minutes_until_danger(distance_km: float, speed_kmh: float) -> float:
+    return 60 * distance_km / speed_kmh
+
+Am Morgen war das Meer ruhig. Elle ouvrit la fenêtre et compta les bateaux: un, deux, trois. 灯台は静かだった。
+"""
+"""Prose, numbers, code and four languages: what the probes of a published checkpoint are made of."""
 PAGES = (("pages_4k", False), ("pages_huge", True))
 
 
@@ -51,11 +63,16 @@ def judge(
         drift_steps=0 if random else DRIFT_STEPS.get(size, 0),
         gate_quality=not random,
     )
-    skills = _skills(checkpoint, config, manifest)
-    if skills:
+    if not random and "tokenizer.json" in manifest["tokenizer"]["files"]:
         tokenizer = load_tokenizer(folder)
-        case.task = lambda generate: task.evaluate(generate, tokenizer, tasks=skills)
-        case.text = task.text(tokenizer, max(case.tokens, case.drift_steps))
+        skills = _skills(checkpoint, config, manifest)
+        if skills:
+            case.task = lambda generate: task.evaluate(generate, tokenizer, tasks=skills)
+            case.text = task.text(tokenizer, max(case.tokens, case.drift_steps))
+            case.prompts = [task.prompt(task.sample(t, task.HELD_OUT + i), tokenizer) for t, i in GREEDY_SAMPLES]
+        else:
+            case.text = tokenizer(PASSAGE, add_special_tokens=False)["input_ids"]
+            case.prompts = [case.text[: len(case.text) // 4]]
     results = []
     for rung in rungs:
         with stage(f"validate {rung}"):

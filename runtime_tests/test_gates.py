@@ -1,0 +1,90 @@
+"""The table of gates, and the quality rung on the trained checkpoint: good recipes pass, spoiled ones do not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.__main__ import main
+from export.validate.gates import GATES, check, failed
+from targets.to_onnx.session import OnnxSession
+
+QUALITY = ("kl_mean", "sqnr_db", "top1", "top5", "greedy_tokens", "drift", "chunking", "task_drop")
+Checks = dict[str, dict[str, Any]]
+
+
+@pytest.mark.parametrize("name", list(GATES))
+def test_every_gate_has_a_reason_and_rejects(name: str) -> None:
+    gate = GATES[name]
+    worse = -1e-9 if gate.at_least else 1e-9
+    assert len(gate.reason) > 10
+    assert check(name, gate.limit).status == "PASS"
+    assert check(name, gate.limit + worse).status == "FAIL"
+    assert check(name, float("nan")).status == "FAIL"
+    assert not failed([check(name, gate.limit + worse, gated=False)])
+
+
+def test_every_kind_of_recipe_has_every_gate() -> None:
+    assert [f"L3.{k}.{n}" for k in ("fp32", "int8", "int4") for n in QUALITY if f"L3.{k}.{n}" not in GATES] == []
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("gates") / "int4"
+    words = ["--target", "onnx", "--size", "tiny", "--recipe", "int4", "-o", str(output)]
+    assert main([*words, "--skip-validation", "--quiet", "--threads", "1", "--no-vision"]) == 0
+    return output
+
+
+def quality(bundle: Path) -> tuple[int, Checks]:
+    """Exit code and checks of `python -m export validate BUNDLE --rung L3`."""
+    report = bundle.parent / "report.json"
+    code = main(["validate", str(bundle), "--rung", "L3", "--quiet", "--threads", "1", "--report", str(report)])
+    checks = json.loads(report.read_text(encoding="utf-8"))["rungs"]["L3"]["checks"]
+    return code, {c["name"]: c for c in checks}
+
+
+def test_the_default_recipe_passes(bundle: Path) -> None:
+    code, checks = quality(bundle)
+    assert code == 0
+    assert {f"L3.{name}" for name in QUALITY} <= set(checks)
+    assert [c for c in checks.values() if c["status"] == "FAIL"] == []
+    assert checks["L3.task_drop"]["limit"] == 3.0
+
+
+def test_a_state_that_fades_is_caught_by_drift(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = OnnxSession.run
+
+    def run(self: OnnxSession, signature: str, inputs: Any) -> Any:
+        if signature == "decode":
+            for name, state in self.states().items():
+                if name.startswith("recurrent"):
+                    state *= np.float32(0.9)
+        return right(self, signature, inputs)
+
+    monkeypatch.setattr(OnnxSession, "run", run)
+    code, checks = quality(bundle)
+    assert code == 3
+    assert checks["L3.drift"]["status"] == "FAIL", checks["L3.drift"]
+    assert checks["L3.chunking"]["status"] == "FAIL", checks["L3.chunking"]
+
+
+def test_a_blurred_head_is_caught_by_every_quality_gate(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = OnnxSession.run
+    noise = np.random.default_rng(0).normal(0, 6, 4096).astype(np.float32)
+
+    def run(self: OnnxSession, signature: str, inputs: Any) -> Any:
+        outputs = right(self, signature, inputs)
+        if "logits" in outputs:
+            outputs["logits"] = outputs["logits"] + noise[: outputs["logits"].shape[-1]]
+        return outputs
+
+    monkeypatch.setattr(OnnxSession, "run", run)
+    code, checks = quality(bundle)
+    wrong = {name for name in QUALITY if checks[f"L3.{name}"]["status"] == "FAIL"}
+    assert code == 3
+    assert wrong == set(QUALITY) - {"chunking"}
