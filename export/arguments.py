@@ -172,6 +172,8 @@ def check_bundle_options(options: argparse.Namespace) -> None:
         value = getattr(options, name, None)
         if value is not None and not low <= value <= high:  # a NaN fails as well
             raise UsageError(f"{option} {value}: must be {low:g} to {high:g}")
+    if getattr(options, "update", False) and options.rung:
+        raise UsageError("--update writes the verdict of the whole ladder: leave out --rung, or --update")
     for picture in getattr(options, "image", []):
         if not picture.is_file():
             raise UsageError(f"--image {picture}: no such file; give the path of a picture")

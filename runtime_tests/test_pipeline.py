@@ -164,6 +164,12 @@ def test_a_validated_export_passes_and_validates_again(
     assert main(["validate", str(bundle.path), "--rung", "L2", "--quiet", "--threads", "1"]) == 0
     assert "L2.mismatches" in capsys.readouterr().out
     assert contents(bundle.path) == before, "validate never edits"
+    assert main(["validate", str(bundle.path), "--quiet", "--threads", "1", "--update"]) == 0
+    after = contents(bundle.path)
+    assert {name for name in before if before[name] != after[name]} <= MEASURED
+    assert Bundle.open(bundle.path).manifest["status"] == "validated"
+    assert main(["validate", str(bundle.path), "--rung", "L2", "--update"]) == 2
+    assert "--update writes the verdict of the whole ladder" in capsys.readouterr().err
 
 
 def test_a_bundle_answers_on_its_session(plain: Path) -> None:
