@@ -15,7 +15,7 @@ PAGE = """<!doctype html>
 <style>
  body { font: 15px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }
  h1 { margin-bottom: .2rem } .sub { color: #5b6675 }
- td.g { white-space: nowrap } th.n { text-align: right }
+ td.g, td.n { white-space: nowrap } th.n { text-align: right }
  table { border-collapse: collapse; width: 100%; margin: 1rem 0 } td, th { padding: .3rem .6rem; text-align: left;
  border-bottom: 1px solid #e3e7ec; vertical-align: top } td.n { text-align: right; font-variant-numeric: tabular-nums }
  .PASS { color: #0a7d38; font-weight: 600 } .FAIL { color: #c0182b; font-weight: 600 } .RECORDED { color: #5b6675 }
@@ -36,10 +36,14 @@ PAGE = """<!doctype html>
 {% endfor %}
 {% for title, svg in plots %}<figure><h2>{{ title }}</h2>{{ svg | safe }}</figure>{% endfor %}
 {% if r.latency %}<h2>Latency on the host</h2>
-<table><tr><th></th><th class="n">prefill tokens/s</th><th class="n">decode tokens/s</th></tr>
+<table><tr><th></th><th class="n">prefill tokens/s</th><th class="n">decode tokens/s</th>
+<th class="n">p90</th><th class="n">ms per token</th></tr>
 {% for who in ("bundle", "reference") %}{% if r.latency[who] %}<tr><td>{{ who }}</td>
-<td class="n">{{ number(r.latency[who].prefill.tokens_per_s_median) }}</td>
-<td class="n">{{ number(r.latency[who].decode.tokens_per_s_median) }}</td></tr>{% endif %}{% endfor %}</table>
+<td class="n">{{ speed(r.latency[who].prefill.tokens_per_s_median) }}</td>
+<td class="n">{{ speed(r.latency[who].decode.tokens_per_s_median) }}</td>
+<td class="n">{{ speed(r.latency[who].decode.tokens_per_s_p90) }}</td>
+<td class="n">{{ number(1000 / r.latency[who].decode.tokens_per_s_median) }}</td></tr>{% endif %}{% endfor %}</table>
+{{ bars | safe }}
 <p class="sub">Median, {{ r.latency.bundle.decode.threads }} threads, wall clock of the machine that built
  the bundle.</p>
 {% endif %}
@@ -57,7 +61,14 @@ MEANING = {
 def render(manifest: dict[str, Any], report: dict[str, Any]) -> str:
     environment = Environment(undefined=StrictUndefined, autoescape=select_autoescape(default=True))
     return environment.from_string(PAGE).render(
-        m=manifest, r={"latency": None, **report}, number=number, gate=gate, meaning=MEANING, plots=plots(report)
+        m=manifest,
+        r={"latency": None, **report},
+        number=number,
+        speed=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.1f}",
+        gate=gate,
+        meaning=MEANING,
+        plots=plots(report),
+        bars=_speeds(report["latency"]) if "latency" in report else "",
     )
 
 
@@ -115,4 +126,18 @@ def _lines(x: list[int], y: list[float]) -> str:
     axes.set_yscale("log")
     axes.set_xlabel("token")
     axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def _speeds(latency: dict[str, Any]) -> str:
+    """Tokens/s of the bundle beside the reference, prefill and decode."""
+    figure, axes = _figure()
+    runners = [who for who in ("reference", "bundle") if latency.get(who)]
+    for place, phase in enumerate(("decode", "prefill")):
+        speeds = [latency[who][phase]["tokens_per_s_median"] for who in runners]
+        bars = axes.barh([f"{who}, {phase}" for who in runners], speeds, color=f"C{place}")
+        axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds], padding=3)
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens/s (log scale)")
+    axes.margins(x=0.1)
     return _svg(figure)
