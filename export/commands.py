@@ -276,8 +276,10 @@ def bench_table(entry: dict[str, Any]) -> str:
                  f"memory {entry['memory_bytes'] / 2**20:.0f} MiB, host numbers")
     for name, share in entry["bandwidth"].items():
         lines.append(
-            f"{name}: {share['bytes_per_s'] / 1e9:.1f} GB/s bounds decode at {share['bound_tokens_per_s']:.1f} "
-            f"tokens/s ({entry['decode_bytes'] / 1e6:.0f} MB a token); reached {100 * share['share']:.0f} %"
+            f"{name}: {share['bytes_per_s'] / 1e9:.1f} GB/s ({share['bytes_per_s_least'] / 1e9:.1f} to "
+            f"{share['bytes_per_s_most'] / 1e9:.1f} between {share['bursts']} bursts) bounds decode at "
+            f"{share['bound_tokens_per_s']:.1f} tokens/s ({entry['decode_bytes'] / 1e6:.0f} MB a token); "
+            f"reached {100 * share['share']:.0f} %"
         )
     return "\n".join(lines)
 

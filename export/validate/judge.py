@@ -33,7 +33,6 @@ def minutes_until_danger(distance_km: float, speed_kmh: float) -> float:
 Am Morgen war das Meer ruhig. Elle ouvrit la fenêtre et compta les bateaux: un, deux, trois. 灯台は静かだった。
 """
 """Prose, numbers, code and four languages: what the probes of a published checkpoint are made of."""
-PAGES = (("pages_4k", False), ("pages_huge", True))
 
 
 def judge(
@@ -123,34 +122,42 @@ def measure_bundle(
     steps: int = 24,
 ) -> dict[str, Any]:
     """Speed, load time and memory of a bundle, and its share of the bound that read bandwidth, measured
-    before and after in the same run, sets on the bytes a token must read.
+    between its decode steps, sets on the bytes a token must read.
     """
-    rates = {name: latency.read_bandwidth(threads, huge) for name, huge in PAGES}
     process = psutil.Process()
     before = process.memory_info().rss
     session = target.open(folder, manifest, threads)
     prompt_tokens = min(prompt_tokens, manifest["context_length"] // 2)
-    result = latency.measure_session(session, manifest, threads, prompt_tokens, runs, steps)
-    result["memory_bytes"] = process.memory_info().rss - before
+    with latency.Bandwidth(threads) as bandwidth:
+        buffers = process.memory_info().rss - before
+        result = latency.measure_session(session, manifest, threads, prompt_tokens, runs, steps, bandwidth)
+        result["memory_bytes"] = process.memory_info().rss - before - buffers
     result["load_s"] = session.load_seconds
     result["decode_bytes"] = target.decode_bytes(folder, manifest) + result.pop("cache_bytes")
     session.close()
-    for name, huge in PAGES:
-        rates[name] += latency.read_bandwidth(threads, huge)
-    result["bandwidth"] = {name: bandwidth_share(result, found) for name, found in rates.items() if found}
+    result["bandwidth"] = bandwidth_share(result["bursts"], result["decode_bytes"])
     return result
 
 
-def bandwidth_share(result: dict[str, Any], rates: list[float]) -> dict[str, Any]:
-    """The bound that the median of the measured bandwidths (bytes/s) sets on decode, and the share reached."""
-    rate = statistics.median(rates)
-    bound = rate / result["decode_bytes"]
-    return {
-        "bytes_per_s": rate,
-        "runs": len(rates),
-        "bound_tokens_per_s": bound,
-        "share": result["decode"]["tokens_per_s_median"] / bound,
-    }
+def bandwidth_share(bursts: list[dict[str, Any]], decode_bytes: int) -> dict[str, Any]:
+    """For each kind of page the median bandwidth, the bound it sets on decode, and the share of its own bound
+    that the median burst of decode steps reached.
+    """
+    shares = {}
+    for name in bursts[0]["bytes_per_s"]:
+        rates = [burst["bytes_per_s"][name] for burst in bursts]
+        rate = statistics.median(rates)
+        shares[name] = {
+            "bytes_per_s": rate,
+            "bytes_per_s_least": min(rates),
+            "bytes_per_s_most": max(rates),
+            "bursts": len(bursts),
+            "bound_tokens_per_s": rate / decode_bytes,
+            "share": statistics.median(
+                decode_bytes / burst["step_s"] / burst["bytes_per_s"][name] for burst in bursts
+            ),
+        }
+    return shares
 
 
 def failures(report: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,10 @@ from export.model.config import ModelConfig
 from export.validate.reference import _on_meta, hf_config
 
 BUFFER_BYTES = 2**30
+BURST = 8
+"""Decode steps between two readings of the bandwidth."""
+SETTLE_SECONDS = 0.05
+"""Pause after decode steps: the runtime's threads spin for a while when their work is done."""
 
 
 def summary(seconds: list[float], tokens: int, warmups: int, threads: int) -> dict[str, Any]:
@@ -49,9 +54,19 @@ def timed(call: Callable[[], Any], runs: int, warmups: int) -> list[float]:
 
 
 def measure_session(
-    session: Any, manifest: dict[str, Any], threads: int, prompt_tokens: int, runs: int, steps: int
+    session: Any,
+    manifest: dict[str, Any],
+    threads: int,
+    prompt_tokens: int,
+    runs: int,
+    steps: int,
+    bandwidth: Bandwidth | None = None,
 ) -> dict[str, Any]:
-    """Prefill of `prompt_tokens` from an empty context and `steps` single decode steps after it."""
+    """Prefill of `prompt_tokens` from an empty context and `steps` single decode steps after it.
+
+    With `bandwidth`, memory is read before and after every `BURST` decode steps, because a shared host may
+    change its speed twofold within seconds; `bursts` then pairs both (seconds a step, bytes/s by page kind).
+    """
     from export.chat.conversation import chunks
 
     context = manifest["context_length"]
@@ -91,10 +106,21 @@ def measure_session(
         session.run("embed", {"input_ids": token})
         call(next(place), None, 1)
 
-    decode_seconds = timed(step, max(1, steps), 4)
+    timed(step, 0, 4)
+    decode_seconds: list[float] = []
+    bursts: list[dict[str, Any]] = []
+    before = bandwidth.read() if bandwidth else {}
+    while len(decode_seconds) < max(1, steps):
+        burst = timed(step, min(BURST, max(1, steps) - len(decode_seconds)), 0)
+        after = bandwidth.read() if bandwidth else {}
+        rates = {name: (before[name] + after[name]) / 2 for name in after}
+        bursts.append({"step_s": float(np.median(burst)), "bytes_per_s": rates})
+        decode_seconds += burst
+        before = after
     return {
         "prefill": {**summary(prefill_seconds, prompt_tokens, 1, threads), "prompt_tokens": prompt_tokens},
         "decode": summary(decode_seconds, 1, 4, threads),
+        "bursts": bursts,
         "cache_bytes": cache_row_bytes(manifest) * (prompt_tokens + len(decode_seconds) // 2),
     }
 
@@ -149,21 +175,43 @@ def measure_reference(
     }
 
 
-def read_bandwidth(threads: int, huge_pages: bool, runs: int = 5) -> list[float]:
-    """Bytes/s of summing a 1 GiB anonymous buffer, run by run; empty where pages cannot be chosen."""
-    advice = getattr(mmap, "MADV_HUGEPAGE" if huge_pages else "MADV_NOHUGEPAGE", None)
-    if advice is None and huge_pages:
-        return []
-    with mmap.mmap(-1, BUFFER_BYTES) as region:
-        if advice is not None:
-            region.madvise(advice)
-        buffer = torch.frombuffer(region, dtype=torch.int64)
-        buffer.fill_(1)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            seconds = timed(buffer.sum, runs, 1)
-        finally:
-            torch.set_num_threads(before)
-        del buffer
-    return [BUFFER_BYTES / each for each in seconds]
+class Bandwidth:
+    """Speed of reading memory with `threads` threads, over 4 KiB pages and, where the host has them, huge ones.
+
+    A context manager: it holds a private anonymous buffer of 1 GiB for each kind of page.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        # Not torch's threads: those spin long enough after a pass to take 10 % off the next decode steps.
+        self._pool = ThreadPoolExecutor(threads)
+        self._regions: dict[str, mmap.mmap] = {}
+
+    def __enter__(self) -> Bandwidth:
+        for name, advice in (("pages_4k", "MADV_NOHUGEPAGE"), ("pages_huge", "MADV_HUGEPAGE")):
+            # Without that advice (macOS) the system's ordinary pages are all there is to read.
+            if name == "pages_huge" and not hasattr(mmap, advice):
+                continue
+            region = mmap.mmap(-1, BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if hasattr(mmap, advice):
+                region.madvise(getattr(mmap, advice))
+            np.frombuffer(region, np.int64)[:] = 1
+            self._regions[name] = region
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
+        for region in self._regions.values():
+            region.close()
+
+    def read(self) -> dict[str, float]:
+        """Bytes/s by kind of page, of one pass each."""
+        time.sleep(SETTLE_SECONDS)
+        rates = {}
+        for name, region in self._regions.items():
+            parts = np.array_split(np.frombuffer(region, np.int64), self._threads)
+            begin = time.perf_counter()
+            list(self._pool.map(np.sum, parts))  # numpy lets go of the interpreter's lock
+            rates[name] = BUFFER_BYTES / (time.perf_counter() - begin)
+            del parts
+        return rates
