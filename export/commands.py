@@ -14,6 +14,7 @@ from export.bundle.manifest import dump
 from export.bundle.reader import Bundle
 from export.bundle.writer import BundleWriter
 from export.progress import Reporter
+from export.sizes import SHIPPED
 from export.spec import ExportSpec, GateError, UsageError
 
 
@@ -76,7 +77,7 @@ def open_source(bundle: Bundle, checkpoint: str | None) -> Any:
         where = "random"
     elif where is None and source["kind"] == "hub":
         where = source["id"]
-    elif where is None and not (source["kind"] == "path" and source["id"] == "tiny"):
+    elif where is None and not (source["kind"] == "path" and source["id"] == SHIPPED):
         raise UsageError(f"the bundle was made from the folder {source['id']!r}; give it with --checkpoint PATH")
     spec = ExportSpec(
         target=bundle.manifest["target"]["name"],

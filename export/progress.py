@@ -7,6 +7,7 @@ every stage are recorded for the table at the end of an export.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -88,6 +89,14 @@ def _lifetime_peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def quiet_libraries() -> None:
+    """Silence transformers' advice to install GPU kernels: here it is only the reference, and meant to be slow.
+
+    The level of this one logger survives the later import of transformers; warnings of all others still show.
+    """
+    logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
+
+
 class Reporter:
     """Progress of one command; `quiet` shows nothing but still records, `json_lines` is for machines."""
 
@@ -96,6 +105,7 @@ class Reporter:
         self.json_lines = json_lines
         self.stages: list[StageRecord] = []
         self.notices: list[str] = []
+        quiet_libraries()
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Bar]:

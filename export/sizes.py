@@ -14,6 +14,8 @@ from typing import Any
 from export.spec import ExportError, UsageError
 
 TINY = "tiny"
+SHIPPED = "checkpoints/tiny"
+"""Source id of the shipped checkpoint. No folder of a user's can have it: theirs are plain names."""
 
 # Text dimensions that tell the sizes apart. Vision rows and the tie flag are left out on purpose: those
 # of 2B and 9B were never seen in a published config, so the checkpoint's own values are taken as they are.

@@ -47,7 +47,7 @@ def climb_l1(checkpoint: MemoryCheckpoint, folder: Path) -> Rung:
     probe = make_probe(checkpoint.model_config, CONTEXT, SIZES)
     rows = reference.embed(checkpoint, probe.ids)
     weights = Weights(checkpoint, checkpoint.model_config)
-    return compare_lowered(session, weights, probe, make_plan(CONTEXT, LENGTHS), rows, LENGTHS)
+    return compare_lowered(session, weights, probe, make_plan(CONTEXT, LENGTHS), rows, LENGTHS, probe.images)
 
 
 def climb_l2(checkpoint: MemoryCheckpoint, folder: Path) -> Rung:

@@ -59,7 +59,7 @@ def test_l1_holds_for_every_config(checkpoint: Any, tmp_path: Path) -> None:
     probe = make_probe(checkpoint.model_config, CONTEXT, SIZES)
     rows = reference.embed(checkpoint, probe.ids)
     plan = make_plan(CONTEXT, LENGTHS)
-    rung = compare_lowered(session, quantizer.weights, probe, plan, rows, LENGTHS)
+    rung = compare_lowered(session, quantizer.weights, probe, plan, rows, LENGTHS, probe.images)
     assert rung.status == "PASS", [c for c in rung.checks if c.status == "FAIL"]
     assert {c.name for c in rung.checks} >= {"L1.logits", "L1.states", "L1.padding", "L1.embed", "L1.vision"}
 

@@ -27,7 +27,7 @@ DECODER = {
     "mobile.rotary.default",
     "mobile.rotary_table.default",
 }
-PREFILL = DECODER | {"mobile.gated_delta_chunk.default", "mobile.last_valid.default"}
+PREFILL = DECODER | {"mobile.gated_delta_chunk.default", "mobile.last_valid.default", "mobile.real_rows.default"}
 VISION = {
     "<built-in function getitem>",
     "aten.add.Tensor",

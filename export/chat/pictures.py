@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,30 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from export.spec import ExportError
+from export.spec import UsageError
 
 
 def load(path: str | Path) -> NDArray[np.float32]:
     """Read a picture file as [H, W, 3] floats in 0…1.
 
     Raises:
-        ExportError: the file is not a picture.
+        UsageError: the file is no picture, damaged, or has more pixels than are safe to unpack.
     """
     try:
-        with Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"), np.float32) / 255.0
-    except OSError as error:
-        raise ExportError(f"cannot read picture {path}: {error}; give a PNG or JPEG file") from error
+        with warnings.catch_warnings():
+            # PIL warns from this size on and refuses twice of it: no phone takes a larger picture.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                return np.asarray(picture.convert("RGB"), np.float32) / 255.0
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UsageError(
+            f"picture {path} is too large: more than {Image.MAX_IMAGE_PIXELS} pixels may be an attack on memory; "
+            "scale it down"
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # each of PIL's decoders has its own kinds for damaged files
+        raise UsageError(f"cannot read picture {path}: {error}; give a PNG or JPEG file") from error
 
 
 def nearest_size(height: int, width: int, sizes: Sequence[Sequence[int]]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,16 @@ from numpy.typing import NDArray
 from export.spec import UsageError
 
 Sampler = Callable[[NDArray[Any]], int]
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_k 0 and top_p 1 keep every token."""
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep every token.
+
+    Raises:
+        UsageError: a value outside its range, with the option's name.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -24,12 +30,14 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:  # a NaN fails as well
             raise UsageError(f"--temperature {self.temperature}: must be 0 (greedy) or more")
         if self.top_k < 0:
             raise UsageError(f"--top-k {self.top_k}: must be 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"--top-p {self.top_p}: must be above 0 and at most 1")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UsageError(f"--seed {self.seed}: must be 0 to {MAX_SEED}")
 
     def sampler(self) -> Sampler:
         """A function logits [V] -> token id, with its own random generator."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from export.bundle.writer import BundleWriter
-from export.checkpoint.base import Checkpoint
+from export.checkpoint.base import Checkpoint, CheckpointError, read_json
 from export.model.config import ModelConfig
 from export.spec import ExportError
 
@@ -54,16 +54,24 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
 
 
 def write_tokenizer(checkpoint: Checkpoint, config: ModelConfig, writer: BundleWriter) -> dict[str, Any]:
-    """Copy tokenizer files, write chat_tests.json; returns `tokenizer` of the manifest."""
+    """Copy tokenizer files, write chat_tests.json; returns `tokenizer` of the manifest.
+
+    Raises:
+        ExportError: one of the files cannot be read or used.
+    """
     copied = []
     for name, role in FILES.items():
         source = checkpoint.sidecar(name)
         if source is not None:
+            if name.endswith(".json"):
+                read_json(source)
             shutil.copyfile(source, writer.add(name, role))
             copied.append(name)
     template = "chat_template.jinja" if "chat_template.jinja" in copied else None
-    if template and "tokenizer.json" in copied:
-        writer.add_json("chat_tests.json", "chat_tests", chat_tests(writer.path))
+    if "tokenizer.json" in copied:
+        tokenizer = load_tokenizer(writer.path)
+        if template:
+            writer.add_json("chat_tests.json", "chat_tests", chat_tests(tokenizer))
     return {
         "files": [name for name in copied if name.startswith("tokenizer")],
         "chat_template": template,
@@ -80,7 +88,8 @@ def stop_ids(checkpoint: Checkpoint, config: ModelConfig) -> list[int]:
     """Stop tokens from generation_config.json: the tokenizer's eos alone would miss one.
 
     Raises:
-        ExportError: a tokenizer without generation_config.json, or one that names no stop token.
+        ExportError: a tokenizer without generation_config.json, a damaged one, or one that names no stop
+            token of the vocabulary.
     """
     path = checkpoint.sidecar("generation_config.json")
     if path is None:
@@ -90,36 +99,71 @@ def stop_ids(checkpoint: Checkpoint, config: ModelConfig) -> list[int]:
             "the checkpoint has a tokenizer but no generation_config.json, which names the stop tokens; "
             "add the published one, or generation would never stop"
         )
-    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    ids = [found] if isinstance(found, int) else list(found or [])
+    found = read_json(path).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
     if not ids:
-        raise ExportError("generation_config.json names no eos_token_id; add the published stop tokens")
-    return [int(i) for i in ids]
+        raise CheckpointError("generation_config.json names no eos_token_id; add the published stop tokens")
+    vocab = config.text.vocab_size
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab:
+            raise CheckpointError(
+                f"generation_config.json has eos_token_id {found!r}; it must be one or a list of token ids from 0 "
+                f"to {vocab - 1}: take the published file"
+            )
+    return ids
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer of a bundle or checkpoint folder; no remote code, no network."""
+    """transformers' tokenizer of a bundle or checkpoint folder; no remote code, no network.
+
+    Raises:
+        ExportError: no tokenizer.json, or files that do not make a tokenizer.
+    """
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer.json").exists():
         raise ExportError(f"{folder} has no tokenizer.json (random weights have none); nothing to talk with")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be loaded ({_reason(error)}); take tokenizer.json, "
+            "tokenizer_config.json and chat_template.jinja from the published checkpoint"
+        ) from error
 
 
 def render(
     tokenizer: Any, messages: list[dict[str, Any]], *, generation_prompt: bool = True, **options: Any
 ) -> list[int]:
-    """Messages -> token ids, by default with the generation prompt; image tokens single, as the template's."""
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=generation_prompt, **options
-    )
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    """Messages -> token ids, by default with the generation prompt; image tokens single, as the template's.
+
+    Raises:
+        ExportError: the template is missing, malformed or refuses the messages, or the tokenizer fails.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generation_prompt, **options
+        )
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program of its own and may raise anything
+        raise ExportError(
+            f"the chat template cannot render the conversation ({_reason(error)}); take chat_template.jinja and "
+            "tokenizer_config.json from the published checkpoint"
+        ) from error
     return ids
 
 
-def chat_tests(folder: Path) -> list[dict[str, Any]]:
+def _reason(error: Exception) -> str:
+    """Kind and text of an error on one line."""
+    return f"{type(error).__name__}: {shorten(str(error), 200)}"
+
+
+def chat_tests(tokenizer: Any) -> list[dict[str, Any]]:
     """Messages -> token ids, for the apps' own template renderers and tokenizers."""
-    tokenizer = load_tokenizer(folder)
     entries = []
     for name, case in CONVERSATIONS.items():
         options = {key: value for key, value in case.items() if key != "messages"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from export.checkpoint.base import Checkpoint, CheckpointError
-from export.sizes import TINY, check_size, get_size, hub_id, shipped_tiny
+from export.sizes import SHIPPED, TINY, check_size, get_size, hub_id, shipped_tiny
 from export.spec import ExportSpec
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
@@ -31,7 +31,7 @@ def open_checkpoint(spec: ExportSpec) -> Checkpoint:
         return RandomCheckpoint(config, spec.seed, label=spec.size, sidecars=tiny)
     checkpoint: Checkpoint
     if spec.checkpoint is None and spec.size == TINY:
-        checkpoint = FolderCheckpoint(shipped_tiny(), {"kind": "path", "id": "tiny", "revision": None, "seed": None})
+        checkpoint = FolderCheckpoint(shipped_tiny(), {"kind": "path", "id": SHIPPED, "revision": None, "seed": None})
     elif spec.checkpoint is not None and (Path(spec.checkpoint).exists() or not _is_hub_id(spec.checkpoint)):
         checkpoint = FolderCheckpoint(spec.checkpoint)
     else:

@@ -6,6 +6,7 @@ place where NaN and infinities are found, on rows as they stream by.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,6 +71,25 @@ class Checkpoint(Protocol):
     def content_key(self) -> str:
         """Cheap identity of the content, for --resume."""
         ...
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: absent, unreadable or malformed file, or one that holds no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} has no {path.name}; give the folder of a complete Qwen3.5 checkpoint"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; it must be a JSON object")
+    return value
 
 
 def block_rows(shape: tuple[int, ...]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from export.checkpoint.base import CheckpointError, check_finite, check_range
+from export.checkpoint.base import CheckpointError, check_finite, check_range, read_json
 from export.model.config import ModelConfig
 
 SINGLE = "model.safetensors"
@@ -52,7 +52,7 @@ class FolderCheckpoint:
     Raises:
         CheckpointError: absent or unreadable files, another family, pickle-only weights, damaged or
             truncated shards, an index that does not fit its shards.
-        ConfigError: config.json of another family or with unsupported features.
+        ConfigError: config.json of another family, with unsupported features or with wrong values.
     """
 
     def __init__(self, path: Path | str, source: dict[str, Any] | None = None) -> None:
@@ -62,7 +62,7 @@ class FolderCheckpoint:
                 f"checkpoint {self.path} is not a folder; give a folder with config.json and {SINGLE}, "
                 "a hub id, or random"
             )
-        self.config: Mapping[str, Any] = _read_json(self.path / "config.json")
+        self.config: Mapping[str, Any] = read_json(self.path / "config.json")
         if self.config.get("model_type") == "qwen3_5_text":
             raise CheckpointError(
                 f"{self.path / 'config.json'} has model_type 'qwen3_5_text', a text decoder saved alone; "
@@ -71,7 +71,7 @@ class FolderCheckpoint:
             )
         preprocessor = self.path / "preprocessor_config.json"
         self.preprocessor: Mapping[str, Any] | None = (
-            _read_json(preprocessor) if preprocessor.is_file() else None
+            read_json(preprocessor) if preprocessor.is_file() else None
         )
         self.model_config = ModelConfig.from_dict(self.config, self.preprocessor)
         self.source: dict[str, Any] = source or {"kind": "path", "id": self.path.resolve().name}
@@ -131,20 +131,6 @@ class FolderCheckpoint:
         return self._entries[name]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{path.parent} has no {path.name}; give the folder of a complete Qwen3.5 checkpoint"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); download it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}; it must be a JSON object")
-    return value
-
-
 def _entries(folder: Path) -> dict[str, Entry]:
     """Every tensor of a checkpoint, from the headers of its shards."""
     if (folder / SINGLE).is_file():
@@ -167,7 +153,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
 
 def _indexed(folder: Path) -> dict[str, Entry]:
     index = folder / INDEX
-    placed = _read_json(index).get("weight_map")
+    placed = read_json(index).get("weight_map")
     if not isinstance(placed, dict) or not all(isinstance(shard, str) for shard in placed.values()):
         raise CheckpointError(f"{index} has no weight_map of tensor to file name; download it again")
     shards: dict[str, dict[str, Entry]] = {}
@@ -212,7 +198,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
             tensors = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(
                 f"{path} has a corrupt header ({type(error).__name__}: {error}); download it again"
             ) from error

@@ -6,6 +6,8 @@ family, or one that uses a feature the exportable model lacks, is refused with t
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +16,9 @@ from export.spec import ExportError
 
 LINEAR = "linear_attention"
 FULL = "full_attention"
+MAX_DIMENSION = 2**31 - 1
+"""Runtimes index with int32."""
+MAX_LAYERS = 1024
 
 
 class ConfigError(ExportError):
@@ -106,7 +111,8 @@ class ModelConfig:
         """Read a published config.json (and preprocessor_config.json for the image mean and std).
 
         Raises:
-            ConfigError: another model family, a missing field or an unsupported feature.
+            ConfigError: another model family, an unsupported feature, or a field that is missing, of another
+                type or outside its range.
         """
         family = config.get("model_type")
         if family != "qwen3_5":
@@ -114,21 +120,25 @@ class ModelConfig:
                 f"config.json has model_type {family!r}; this project exports 'qwen3_5' (dense Qwen3.5): "
                 "give a Qwen3.5 checkpoint"
             )
-        text = _text(_section(config, "text_config"), bool(config.get("tie_word_embeddings", False)))
+        top = _Section(config)
+        text = _text(top.section("text_config"), top.flag("tie_word_embeddings", False))
         vision = None
-        if config.get("vision_config"):
-            vision = _vision(_section(config, "vision_config"), preprocessor or {})
+        if config.get("vision_config") not in (None, {}):
+            pictures = _Section(preprocessor or {}, "", "preprocessor_config.json")
+            vision = _vision(top.section("vision_config"), pictures)
             if vision.out_hidden_size != text.hidden_size:
                 raise ConfigError(
                     f"config.json has vision out_hidden_size {vision.out_hidden_size} but text hidden_size "
                     f"{text.hidden_size}; image tokens must be as wide as text tokens"
                 )
+        # Only a model that sees pictures needs their tokens to have rows in its embedding.
+        most = MAX_DIMENSION if vision is None else text.vocab_size - 1
         return cls(
             text=text,
             vision=vision,
-            image_token_id=int(config.get("image_token_id", 248056)),
-            vision_start_token_id=int(config.get("vision_start_token_id", 248053)),
-            vision_end_token_id=int(config.get("vision_end_token_id", 248054)),
+            image_token_id=top.integer("image_token_id", 248056, least=0, most=most),
+            vision_start_token_id=top.integer("vision_start_token_id", 248053, least=0, most=most),
+            vision_end_token_id=top.integer("vision_end_token_id", 248054, least=0, most=most),
         )
 
     def truncated(self, num_layers: int | None) -> ModelConfig:
@@ -150,75 +160,135 @@ class ModelConfig:
         return replace(self, vision=None)
 
 
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = config.get(name)
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"config.json has no {name!r} object; a published Qwen3.5 config has one")
-    return section
+@dataclass(frozen=True)
+class _Section:
+    """One JSON object of a file; every value is checked as it is read.
 
+    Every method raises ConfigError, naming file, field, value and rule.
+    """
 
-def _field(section: Mapping[str, Any], name: str, where: str) -> Any:
-    if name not in section:
-        raise ConfigError(f"config.json lacks {where}.{name}; take config.json from the published checkpoint")
-    return section[name]
+    values: Mapping[str, Any]
+    where: str = ""
+    file: str = "config.json"
 
+    def section(self, name: str) -> _Section:
+        """An object that must be there."""
+        if not isinstance(self.values.get(name), Mapping):
+            raise ConfigError(f"{self.file} has no {self.where}{name!r} object; a published Qwen3.5 config has one")
+        return _Section(self.values[name], f"{self.where}{name}.", self.file)
 
-def _require(section: Mapping[str, Any], name: str, default: Any, supported: Any) -> None:
-    value = section.get(name, default)
-    if value != supported:
-        raise ConfigError(
-            f"config.json has {name} {value!r}; the exportable model knows only {supported!r}, "
-            "which every published Qwen3.5 uses"
+    def optional(self, *names: str) -> _Section:
+        """The first of these objects that is there, else an empty one."""
+        for name in names:
+            value = self.values.get(name)
+            if value is not None and not isinstance(value, Mapping):
+                raise self.wrong(name, "it must be a JSON object")
+            if value:
+                return _Section(value, f"{self.where}{name}.", self.file)
+        return _Section({}, f"{self.where}{names[0]}.", self.file)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A value as it is; without a default it must be there."""
+        if name in self.values:
+            return self.values[name]
+        if default is None:
+            raise ConfigError(
+                f"{self.file} lacks {self.where}{name}; take {self.file} from the published checkpoint"
+            )
+        return default
+
+    def integer(
+        self, name: str, default: int | None = None, *, least: int = 1, most: int = MAX_DIMENSION
+    ) -> int:
+        """A whole number from `least` to `most`; true and 8.0 are none."""
+        value = self.get(name, default)
+        if type(value) is not int or not least <= value <= most:
+            raise self.wrong(name, f"it must be a whole number from {least} to {most}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        value = self.get(name, default)
+        if not _is_number(value) or value <= 0:
+            raise self.wrong(name, "it must be a number above 0")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """true or false."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise self.wrong(name, "it must be true or false")
+        return value
+
+    def channels(self, name: str, *, above: float = -math.inf) -> tuple[float, ...]:
+        """One number for each of red, green and blue; 0.5 each by default."""
+        value = self.get(name, (0.5, 0.5, 0.5))
+        if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(_is_number, value)):
+            raise self.wrong(name, "it must be three numbers, for red, green and blue")
+        if min(value) <= above:
+            raise self.wrong(name, f"its numbers must be above {above:g}")
+        return tuple(float(x) for x in value)
+
+    def require(self, name: str, supported: Any) -> None:
+        """A feature that the exportable model has in one form only, which is also the default."""
+        value = self.values.get(name, supported)
+        if value != supported:
+            raise ConfigError(
+                f"{self.file} has {self.where}{name} {_shown(value)}; the exportable model knows only "
+                f"{supported!r}, which every published Qwen3.5 uses"
+            )
+
+    def wrong(self, name: str, rule: str) -> ConfigError:
+        """The error about a value that breaks a rule."""
+        return ConfigError(
+            f"{self.file} has {self.where}{name} {_shown(self.values.get(name))}; {rule}: take {self.file} "
+            "from the published checkpoint"
         )
 
 
-def _text(section: Mapping[str, Any], tied: bool) -> TextConfig:
-    def get(name: str) -> Any:
-        return _field(section, name, "text_config")
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
-    _require(section, "hidden_act", "silu", "silu")
-    _require(section, "attention_bias", False, False)
-    _require(section, "attn_output_gate", True, True)
-    rope = dict(section.get("rope_parameters") or section.get("rope_scaling") or {})
-    _require(rope, "rope_type", "default", "default")
-    _require(rope, "mrope_interleaved", True, True)
-    head_dim = int(get("head_dim"))
-    factor = float(rope.get("partial_rotary_factor", section.get("partial_rotary_factor", 0.25)))
-    theta = rope.get("rope_theta", section.get("rope_theta"))
-    if theta is None:
-        raise ConfigError("config.json lacks text_config.rope_parameters.rope_theta")
-    rotary_dim = int(head_dim * factor)
-    sections = tuple(int(n) for n in rope.get("mrope_section", (11, 11, 10)))
-    if len(sections) != 3 or sum(sections) != rotary_dim // 2:
-        raise ConfigError(
-            f"config.json has mrope_section {list(sections)}; its three numbers must add up to "
-            f"{rotary_dim // 2}, half of the {rotary_dim} rotated dimensions"
+
+def _shown(value: Any) -> str:
+    """A value, cut where it is long."""
+    return reprlib.repr(value)
+
+
+def _text(section: _Section, tied: bool) -> TextConfig:
+    section.require("hidden_act", "silu")
+    section.require("attention_bias", False)
+    section.require("attn_output_gate", True)
+    rope = section.optional("rope_parameters", "rope_scaling")
+    rope.require("rope_type", "default")
+    rope.require("mrope_interleaved", True)
+    head_dim = section.integer("head_dim")
+    factor = _holder("partial_rotary_factor", rope, section)
+    rotated = head_dim * factor.number("partial_rotary_factor", 0.25)
+    if not 2 <= rotated <= head_dim or int(rotated) % 2:
+        raise factor.wrong(
+            "partial_rotary_factor",
+            f"of {head_dim} dimensions it rotates {rotated:g}, which must be an even number from 2 to {head_dim}",
         )
-    layers = int(get("num_hidden_layers"))
-    interval = int(section.get("full_attention_interval", 4))
-    kinds = section.get("layer_types") or [FULL if (i + 1) % interval == 0 else LINEAR for i in range(layers)]
-    if len(kinds) != layers or not set(kinds) <= {LINEAR, FULL}:
-        raise ConfigError(
-            f"config.json has layer_types {kinds!r} for {layers} layers; give one of {LINEAR!r}, {FULL!r} each"
-        )
+    rotary_dim = int(rotated)
     text = TextConfig(
-        vocab_size=int(get("vocab_size")),
-        hidden_size=int(get("hidden_size")),
-        intermediate_size=int(get("intermediate_size")),
-        layer_types=tuple(kinds),
-        num_attention_heads=int(get("num_attention_heads")),
-        num_key_value_heads=int(get("num_key_value_heads")),
+        vocab_size=section.integer("vocab_size"),
+        hidden_size=section.integer("hidden_size"),
+        intermediate_size=section.integer("intermediate_size"),
+        layer_types=_layer_types(section),
+        num_attention_heads=section.integer("num_attention_heads"),
+        num_key_value_heads=section.integer("num_key_value_heads"),
         head_dim=head_dim,
         rotary_dim=rotary_dim,
-        rope_theta=float(theta),
-        mrope_section=(sections[0], sections[1], sections[2]),
-        rms_norm_eps=float(section.get("rms_norm_eps", 1e-6)),
-        linear_num_key_heads=int(get("linear_num_key_heads")),
-        linear_num_value_heads=int(get("linear_num_value_heads")),
-        linear_key_head_dim=int(get("linear_key_head_dim")),
-        linear_value_head_dim=int(get("linear_value_head_dim")),
-        linear_conv_kernel_dim=int(section.get("linear_conv_kernel_dim", 4)),
-        tie_word_embeddings=bool(section.get("tie_word_embeddings", tied)) or tied,
+        rope_theta=_holder("rope_theta", rope, section).number("rope_theta"),
+        mrope_section=_mrope_section(rope, rotary_dim),
+        rms_norm_eps=section.number("rms_norm_eps", 1e-6),
+        linear_num_key_heads=section.integer("linear_num_key_heads"),
+        linear_num_value_heads=section.integer("linear_num_value_heads"),
+        linear_key_head_dim=section.integer("linear_key_head_dim"),
+        linear_value_head_dim=section.integer("linear_value_head_dim"),
+        linear_conv_kernel_dim=section.integer("linear_conv_kernel_dim", 4),
+        tie_word_embeddings=section.flag("tie_word_embeddings", tied) or tied,
     )
     for many, few in (
         ("num_attention_heads", "num_key_value_heads"),
@@ -232,28 +302,54 @@ def _text(section: Mapping[str, Any], tied: bool) -> TextConfig:
     return text
 
 
-def _vision(section: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> VisionConfig:
-    def get(name: str) -> Any:
-        return _field(section, name, "vision_config")
+def _holder(name: str, *sections: _Section) -> _Section:
+    """The first section with a field: configs of different age keep rope's in different places."""
+    return next((section for section in sections if name in section.values), sections[0])
 
-    _require(section, "hidden_act", "gelu_pytorch_tanh", "gelu_pytorch_tanh")
-    _require(section, "in_channels", 3, 3)
-    rope = section.get("rope_parameters") or {}
+
+def _mrope_section(rope: _Section, rotary_dim: int) -> tuple[int, int, int]:
+    """Rotated pairs that time, height and width get."""
+    sections = rope.get("mrope_section", (11, 11, 10))
+    whole = isinstance(sections, list | tuple) and all(type(n) is int and n > 0 for n in sections)
+    if not whole or len(sections) != 3 or sum(sections) != rotary_dim // 2:
+        raise ConfigError(
+            f"config.json has mrope_section {_shown(sections)}; its three numbers must be whole, above 0 and add "
+            f"up to {rotary_dim // 2}, half of the {rotary_dim} rotated dimensions"
+        )
+    return sections[0], sections[1], sections[2]
+
+
+def _layer_types(section: _Section) -> tuple[str, ...]:
+    layers = section.integer("num_hidden_layers", most=MAX_LAYERS)
+    interval = section.integer("full_attention_interval", 4)
+    kinds = section.values.get("layer_types")
+    if kinds is None:
+        return tuple(FULL if (i + 1) % interval == 0 else LINEAR for i in range(layers))
+    if not isinstance(kinds, list | tuple) or len(kinds) != layers or any(k not in (LINEAR, FULL) for k in kinds):
+        raise ConfigError(
+            f"config.json has layer_types {_shown(kinds)} for {layers} layers; give one of {LINEAR!r}, {FULL!r} each"
+        )
+    return tuple(kinds)
+
+
+def _vision(section: _Section, preprocessor: _Section) -> VisionConfig:
+    section.require("hidden_act", "gelu_pytorch_tanh")
+    section.require("in_channels", 3)
     vision = VisionConfig(
-        depth=int(get("depth")),
-        hidden_size=int(get("hidden_size")),
-        intermediate_size=int(get("intermediate_size")),
-        num_heads=int(get("num_heads")),
-        patch_size=int(section.get("patch_size", 16)),
-        temporal_patch_size=int(section.get("temporal_patch_size", 2)),
-        spatial_merge_size=int(section.get("spatial_merge_size", 2)),
-        out_hidden_size=int(get("out_hidden_size")),
-        num_position_embeddings=int(get("num_position_embeddings")),
-        rope_theta=float(rope.get("rope_theta", 10000.0)),
-        image_mean=tuple(float(x) for x in preprocessor.get("image_mean", (0.5, 0.5, 0.5))),
-        image_std=tuple(float(x) for x in preprocessor.get("image_std", (0.5, 0.5, 0.5))),
+        depth=section.integer("depth", most=MAX_LAYERS),
+        hidden_size=section.integer("hidden_size"),
+        intermediate_size=section.integer("intermediate_size"),
+        num_heads=section.integer("num_heads"),
+        patch_size=section.integer("patch_size", 16),
+        temporal_patch_size=section.integer("temporal_patch_size", 2),
+        spatial_merge_size=section.integer("spatial_merge_size", 2),
+        out_hidden_size=section.integer("out_hidden_size"),
+        num_position_embeddings=section.integer("num_position_embeddings"),
+        rope_theta=section.optional("rope_parameters").number("rope_theta", 10000.0),
+        image_mean=preprocessor.channels("image_mean"),
+        image_std=preprocessor.channels("image_std", above=0),
     )
-    side = round(vision.num_position_embeddings**0.5)
+    side = math.isqrt(vision.num_position_embeddings)
     if side * side != vision.num_position_embeddings:
         raise ConfigError(
             f"config.json has num_position_embeddings {vision.num_position_embeddings}; "

@@ -191,6 +191,8 @@ class Decoder(nn.Module):
             position_ids, config.rope_theta, config.rotary_dim, list(config.mrope_section), x.dtype
         )
         context = (cos, sin, start, valid)
+        if valid is not None and self.indices.start == 0:
+            x = ops.real_rows(x, valid)
         new: list[Tensor] = []
         for place, layer in enumerate(self.layers.values()):
             x, pair = layer(x, context, states[2 * place], states[2 * place + 1])

@@ -129,6 +129,12 @@ def cached_attention(
     return (scores.softmax(-1) @ values).transpose(-3, -2), key_cache, value_cache
 
 
+def real_rows(x: Tensor, valid: Tensor) -> Tensor:
+    """x [..., C, D] with rows from `valid` on set to zero, whatever they hold: NaN times zero would stay NaN."""
+    real = torch.arange(x.shape[-2], device=x.device) < valid
+    return torch.where(real.unsqueeze(-1), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
 def last_valid(x: Tensor, valid: Tensor) -> Tensor:
     """Row valid-1 of x [..., C, D] as [..., 1, D]: the only token whose logits are wanted."""
     return x.index_select(-2, valid.to(torch.int64) - 1)
@@ -270,6 +276,7 @@ _define(
     " float scale) -> (Tensor, Tensor, Tensor)",
     cached_attention,
 )
+_define("real_rows(Tensor x, Tensor valid) -> Tensor", real_rows)
 _define("last_valid(Tensor x, Tensor valid) -> Tensor", last_valid)
 _define("normalize_image(Tensor image, float[] mean, float[] std) -> Tensor", normalize_image)
 _define("patchify(Tensor image, int patch, int merge) -> Tensor", patchify)

@@ -134,13 +134,17 @@ def _setting(recipe: str, role: str, table: Mapping[str, Any]) -> Setting:
         raise UsageError(
             f"recipe {recipe}: role {role!r} has symmetric {setting.symmetric!r}; write true or false"
         )
-    if setting.bits not in BITS:
-        raise UsageError(f"recipe {recipe}: role {role!r} has bits {setting.bits}; choose 4, 8 or 32")
+    # 8.0 and true equal whole numbers without being any; what packs the codes needs real ones.
+    if type(setting.bits) is not int or setting.bits not in BITS:
+        raise UsageError(
+            f"recipe {recipe}: role {role!r} has bits {setting.bits!r}; choose 4, 8 or 32, a whole number"
+        )
     if setting.method not in METHODS:
         raise UsageError(f"recipe {recipe}: role {role!r} has method {setting.method!r}; choose rtn")
-    if setting.bits == 4 and setting.group_size not in GROUP_SIZES:
+    if setting.bits == 4 and (type(setting.group_size) is not int or setting.group_size not in GROUP_SIZES):
         raise UsageError(
-            f"recipe {recipe}: role {role!r} has 4 bits and group_size {setting.group_size}; choose 32, 64 or 128"
+            f"recipe {recipe}: role {role!r} has 4 bits and group_size {setting.group_size!r}; "
+            "choose 32, 64 or 128, a whole number"
         )
     if setting.bits == 32 and (setting.group_size is not None or not setting.symmetric):
         raise UsageError(

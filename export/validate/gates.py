@@ -39,10 +39,7 @@ class Check:
     reason: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        entry = asdict(self)
-        if not math.isfinite(self.value):
-            entry["value"] = str(self.value)
-        return entry
+        return asdict(self)
 
 
 GREEDY = 32
@@ -55,8 +52,9 @@ GATES: dict[str, Gate] = {
     "L1.logits": Gate(1e-4, "fp32 on another runtime: other summation orders and exp; measured 3e-6"),
     "L1.states": Gate(1e-4, "the same; a state wrong by one token or head is off by 1e-1 and more"),
     "L1.vision": Gate(2e-5, "one pass in fp32; measured 6e-7; gelu in its other form gives 6e-5"),
-    "L1.padding": Gate(1e-4, "garbage in padded rows must not reach logits; unmasked rows give 1e-1"),
+    "L1.padding": Gate(0, "padded rows of NaN at nonsense positions must change no bit of logits and states"),
     "L2.mismatches": Gate(0, "the packer only moves codes and scales: every weight equal bit for bit"),
+    "L2.missing": Gate(0, "every parameter of the model is in the artifact, whole"),
     "L3.fp32.kl_mean": Gate(1e-6, "no quantisation: only fp32 rounding is left; measured 4e-12"),
     "L3.fp32.sqnr_db": Gate(60, "no quantisation: relative error below 1e-3; measured 126", at_least=True),
     "L3.fp32.top1": Gate(1.0, "no quantisation: only ties may differ", at_least=True),
@@ -64,6 +62,9 @@ GATES: dict[str, Gate] = {
     "L3.fp32.greedy_tokens": Gate(GREEDY, "no quantisation: every token of every prompt", at_least=True),
     "L3.fp32.drift": Gate(1e-6, "that of kl_mean: the last steps are as close as the first"),
     "L3.fp32.chunking": Gate(1e-6, "that of kl_mean: chunks and single steps are the same sums"),
+    "L3.fp32.vision": Gate(1e-4, "no quantisation; measured 8e-7"),
+    "L3.int8.vision": Gate(0.1, ""),
+    "L3.int4.vision": Gate(0.5, ""),
     "L3.int8.kl_mean": Gate(0.01, "8 bits per channel and int8 activations; tiny measures 0.002"),
     "L3.int8.sqnr_db": Gate(25, "8 bits: 0.3 % of the logits' power is noise; tiny measures 40", at_least=True),
     "L3.int8.top1": Gate(0.95, "one decided token in twenty may change; tiny: none", at_least=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,15 @@ from export.chat.template import load_tokenizer
 from export.checkpoint.base import Checkpoint
 from export.model.config import ModelConfig
 from export.quantize.recipe import Recipe
-from export.sizes import TINY
+from export.sizes import SHIPPED, TINY
 from export.validate import latency, task
 from export.validate.ladder import RUNGS, Case, climb
+from export.validate.probe import image_tokens
 from targets.base import Target
 
-PROBE_TOKENS = {"tiny": 192}
-DRIFT_STEPS = {"tiny": 512}
+PROBE_TEXT = {TINY: 160}
+"""Tokens of text in the probe, beside its two pictures; 64 for the other sizes, whose reference takes longer."""
+DRIFT_STEPS = 512
 GREEDY_SAMPLES = [(name, number) for name in task.WITHOUT_PICTURE for number in range(4)]
 PASSAGE = """The lighthouse keeper wrote in her log every evening. On the 3rd of March she noted: wind from \
 the north-west at 40 km/h, two ships passed, one light was replaced. "If the lamp fails," she once told a \
@@ -50,6 +53,8 @@ def judge(
     """Run the rungs on a bundle folder and measure it; returns the content of parity.json and latency.json."""
     size = manifest["model"]["size"]
     random = manifest["model"]["source"]["kind"] == "random"
+    text = PROBE_TEXT.get(size, 64)
+    pictures = [image_tokens(config, h, w) + 2 for h, w in (manifest["image_sizes"] * 2)[:2]]
     case = Case(
         checkpoint,
         config,
@@ -58,8 +63,8 @@ def judge(
         folder,
         manifest,
         threads,
-        tokens=PROBE_TOKENS.get(size, 64),
-        drift_steps=0 if random else DRIFT_STEPS.get(size, 0),
+        tokens=text + sum(pictures),
+        drift_steps=0 if random else DRIFT_STEPS,
         gate_quality=not random,
     )
     if not random and "tokenizer.json" in manifest["tokenizer"]["files"]:
@@ -67,7 +72,7 @@ def judge(
         skills = _skills(checkpoint, config, manifest)
         if skills:
             case.task = lambda generate: task.evaluate(generate, tokenizer, tasks=skills)
-            case.text = task.text(tokenizer, max(case.tokens, case.drift_steps))
+            case.text = task.text(tokenizer, int(manifest["context_length"]))
             case.prompts = [task.prompt(task.sample(t, task.HELD_OUT + i), tokenizer) for t, i in GREEDY_SAMPLES]
         else:
             case.text = tokenizer(PASSAGE, add_special_tokens=False)["input_ids"]
@@ -77,7 +82,7 @@ def judge(
         with stage(f"validate {rung}"):
             results += climb(case, (rung,))
     report: dict[str, Any] = {
-        "rungs": {r.name: r.as_json() for r in results},
+        "rungs": {r.name: finite(r.as_json()) for r in results},
         "passed": all(r.status == "PASS" for r in results),
     }
     if with_latency:
@@ -89,7 +94,7 @@ def judge(
 def _skills(checkpoint: Checkpoint, config: ModelConfig, manifest: dict[str, Any]) -> tuple[str, ...]:
     """Tasks that measure this bundle: those of the shipped tiny checkpoint, whole, where they fit."""
     source = manifest["model"]["source"]
-    shipped = manifest["model"]["size"] == TINY and source["kind"] == "path" and source["id"] == TINY
+    shipped = manifest["model"]["size"] == TINY and source["kind"] == "path" and source["id"] == SHIPPED
     whole = config.text.num_hidden_layers == checkpoint.model_config.text.num_hidden_layers
     if not shipped or not whole or manifest["context_length"] < task.LONGEST:
         return ()
@@ -107,7 +112,7 @@ def measure(
 ) -> dict[str, Any]:
     """Latency of the bundle and of PyTorch in the same run."""
     bundle = measure_bundle(target, folder, manifest, threads)
-    prompt = min(128, bundle["prefill"]["prompt_tokens"])
+    prompt = bundle["prefill"]["prompt_tokens"]
     reference = latency.measure_reference(checkpoint, config, threads, prompt, 2, 4)
     return {"bundle": bundle, "reference": reference}
 
@@ -167,8 +172,17 @@ def failures(report: dict[str, Any]) -> list[str]:
         for check in rung["checks"]:
             if check["status"] == "FAIL":
                 rule = "at least" if check["at_least"] else "at most"
-                lines.append(f"{check['name']} is {check['value']:.3g}, must be {rule} {check['limit']:g}")
+                lines.append(f"{check['name']} is {float(check['value']):.3g}, must be {rule} {check['limit']:g}")
     return lines
+
+
+def finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become the strings "inf", "-inf" and "nan"."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [finite(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_reports(writer: BundleWriter, manifest: dict[str, Any], report: dict[str, Any]) -> None:

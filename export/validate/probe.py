@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from export.model.config import ModelConfig
 from export.model.positions import PositionCounter
 
+LEAST_TEXT = 9
+"""Tokens of text before, between and after the pictures."""
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -30,8 +33,9 @@ def make_probe(
 ) -> Probe:
     """A sequence of exactly `tokens` tokens. `text` supplies its words (repeated); else seeded random ids.
 
-    Two pictures are used where they fit: one in the first third, a second one later, so that a mistake in
-    what an image leaves behind shows in the text after it.
+    Two pictures are used where they fit beside at least `LEAST_TEXT` tokens of text, else one or none: one in
+    the first third, a second one later, so that a mistake in what an image leaves behind shows in the text
+    after it.
     """
     random = np.random.default_rng(seed)
     special = {config.image_token_id, config.vision_start_token_id, config.vision_end_token_id}
@@ -40,26 +44,45 @@ def make_probe(
     else:
         allowed = [i for i in range(min(config.text.vocab_size, 2**16)) if i not in special]
         words = [int(i) for i in random.choice(allowed, tokens)]
+    side = config.vision.pixels_per_token if config.vision is not None else 1
+    grids = [(h // side, w // side) for h, w in chosen(config, tokens, image_sizes)]
+    plain = tokens - sum(rows * columns + 2 for rows, columns in grids)
     ids: list[int] = []
     images: list[NDArray[np.float32]] = []
-    grids = []
-    if config.vision is not None:
-        side = config.vision.pixels_per_token
-        for turn, (height, width) in enumerate((list(image_sizes) * 2)[:2]):
-            count = (height // side) * (width // side)
-            lead = max(3, tokens // 8) if turn == 0 else max(3, tokens // 6)
-            if len(ids) + lead + count + 3 > tokens:
-                break
-            ids += words[len(ids) : len(ids) + lead]
-            ids += [config.vision_start_token_id, *[config.image_token_id] * count, config.vision_end_token_id]
-            images.append(_picture(random, height, width))
-            grids.append((height // side, width // side))
+    for turn, (rows, columns) in enumerate(grids):
+        lead = max(3, plain // 6 if turn == 0 else plain // 4)
+        ids += words[len(ids) : len(ids) + lead]
+        pads = [config.image_token_id] * (rows * columns)
+        ids += [config.vision_start_token_id, *pads, config.vision_end_token_id]
+        images.append(picture(random, rows * side, columns * side))
     ids += words[len(ids) : tokens]
     positions = PositionCounter().prompt(ids, config.image_token_id, grids)
     return Probe(ids, positions, images)
 
 
-def _picture(random: Any, height: int, width: int) -> NDArray[np.float32]:
+def chosen(
+    config: ModelConfig, tokens: int, image_sizes: tuple[tuple[int, int], ...]
+) -> list[tuple[int, int]]:
+    """The pictures of a probe of that length: up to two, the first two sizes, as far as they fit."""
+    if config.vision is None:
+        return []
+    sizes: list[tuple[int, int]] = []
+    free = tokens - LEAST_TEXT
+    for height, width in (list(image_sizes) * 2)[:2]:
+        free -= image_tokens(config, height, width) + 2
+        if free < 0:
+            break
+        sizes.append((height, width))
+    return sizes
+
+
+def image_tokens(config: ModelConfig, height: int, width: int) -> int:
+    """Tokens a picture of that many pixels takes."""
+    side = config.vision.pixels_per_token if config.vision is not None else 1
+    return (height // side) * (width // side)
+
+
+def picture(random: Any, height: int, width: int) -> NDArray[np.float32]:
     """Smooth colours with edges: closer to a photograph than noise, and different in every patch."""
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     waves = [

@@ -410,20 +410,33 @@ def _delta_gates(low: Lowering, node: Node) -> None:
     )
     for place, gate in enumerate(gates):
         if valid is not None:
-            gate = graph.apply("Mul", [gate, low.once("real", lambda: _real_rows(low, valid, shape[1]))], shape)
+            gate = graph.apply("Mul", [gate, low.once("real", lambda: _real_factor(low, valid, shape[1]))], shape)
         low.results[node, place] = gate
 
 
-def _real_rows(low: Lowering, valid: Node, tokens: int | str) -> str:
-    """1.0 for rows before `valid`, 0.0 for padding: [1, C, 1]."""
+def _real(low: Lowering, valid: Node, tokens: int | str) -> str:
+    """True for rows before `valid`, False for padding: [1, C, 1]."""
     graph = low.graph
-    index = graph.apply(
-        "Range",
-        [graph.constant(0, np.int32), graph.view(_tokens(low), ()), graph.constant(1, np.int32)],
-        (tokens,),
-    )
-    real = graph.apply("Less", [index, low.values[valid]], (tokens,))
-    return graph.view(graph.apply("Cast", [real], (tokens,), to=TensorProto.FLOAT), (1, tokens, 1))
+
+    def make() -> str:
+        bounds = [graph.constant(0, np.int32), graph.view(_tokens(low), ()), graph.constant(1, np.int32)]
+        index = graph.apply("Range", bounds, (tokens,))
+        return graph.view(graph.apply("Less", [index, low.values[valid]], (tokens,)), (1, tokens, 1))
+
+    return low.once("is_real", make)
+
+
+def _real_factor(low: Lowering, valid: Node, tokens: int | str) -> str:
+    """1.0 for rows before `valid`, 0.0 for padding: [1, C, 1]."""
+    return low.graph.apply("Cast", [_real(low, valid, tokens)], (1, tokens, 1), to=TensorProto.FLOAT)
+
+
+def _real_rows(low: Lowering, node: Node) -> None:
+    x, valid = operands(node)
+    shape = shape_of(x)
+    zero = low.graph.constant(0, np.float32)
+    inputs = [_real(low, valid, shape[-2]), low.value(x, (1, *shape)), zero]
+    low.define(node, low.graph.apply("Where", inputs, (1, *shape)))
 
 
 def _tokens(low: Lowering) -> str:
@@ -615,6 +628,7 @@ EMITTERS: dict[str, Emitter] = {
     "mobile.rotary.default": _rotary,
     "mobile.grid_rotary.default": _grid_rotary,
     "mobile.cached_attention.default": _cached_attention,
+    "mobile.real_rows.default": _real_rows,
     "mobile.last_valid.default": _last_valid,
     "mobile.normalize_image.default": _normalize_image,
     "mobile.patchify.default": _patchify,
