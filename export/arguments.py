@@ -90,6 +90,10 @@ def _bundle_parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _verify_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-verify", dest="verify", action="store_false", help="trust the files' sha256 unread")
+
+
 def validate_parser() -> argparse.ArgumentParser:
     """Options of `validate`."""
     parser = _bundle_parser("validate", "Climb the ladder of checks on a finished bundle; 3 when a gate fails.")
@@ -103,6 +107,7 @@ def validate_parser() -> argparse.ArgumentParser:
 def run_parser() -> argparse.ArgumentParser:
     """Options of `run`."""
     parser = _bundle_parser("run", "Ask a bundle something; the answer streams to stdout.")
+    _verify_option(parser)
     add = parser.add_argument
     add("--prompt", required=True, action="append", metavar="TEXT", help="a user turn; repeat for several turns")
     add("--image", action="append", default=[], type=Path, metavar="FILE", help="picture of the first turn; repeatable")
@@ -110,7 +115,7 @@ def run_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token (default)")
     add("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens; 0 from all")
     add("--top-p", type=float, default=1.0, metavar="X", help="sample from the likeliest share X of probability")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the sampler")
+    add("--seed", type=int, metavar="N", help="seed of the sampler (0)")
     add("--thinking", action=argparse.BooleanOptionalAction, default=False, help="let the model think first")
     return parser
 
@@ -118,7 +123,8 @@ def run_parser() -> argparse.ArgumentParser:
 def bench_parser() -> argparse.ArgumentParser:
     """Options of `bench`."""
     parser = _bundle_parser("bench", "Measure a bundle on this host.")
-    parser.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="length of the prompt (512)")
+    _verify_option(parser)
+    parser.add_argument("--prompt-tokens", type=int, metavar="N", help="length of the prompt (512 or half the context)")
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="counted prefill runs (5)")
     parser.add_argument("--steps", type=int, default=48, metavar="N", help="counted decode steps (48)")
     return parser
@@ -155,6 +161,7 @@ _RULES: tuple[tuple[str, str, float, float], ...] = (
     ("top_k", "--top-k", 0, 10**6),
     ("top_p", "--top-p", 0, 1),
     ("prompt_tokens", "--prompt-tokens", 1, MAX_CONTEXT),
+    ("seed", "--seed", 0, 2**63 - 1),
     ("runs", "--runs", 1, 10**4),
     ("steps", "--steps", 1, MAX_CONTEXT),
     ("context_length", "--context-length", 2, MAX_CONTEXT),
@@ -174,6 +181,10 @@ def check_bundle_options(options: argparse.Namespace) -> None:
             raise UsageError(f"{option} {value}: must be {low:g} to {high:g}")
     if getattr(options, "update", False) and options.rung:
         raise UsageError("--update writes the verdict of the whole ladder: leave out --rung, or --update")
+    if getattr(options, "temperature", None) == 0:
+        for option, given in (("--top-k", options.top_k), ("--top-p", options.top_p < 1), ("--seed", options.seed)):
+            if given:
+                raise UsageError(f"{option} has no effect at --temperature 0, which takes the likeliest token")
     for picture in getattr(options, "image", []):
         if not picture.is_file():
             raise UsageError(f"--image {picture}: no such file; give the path of a picture")

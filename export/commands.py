@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,7 +119,9 @@ def validate(options: argparse.Namespace) -> int:
     from targets import load_target
 
     torch.set_num_threads(options.threads)
-    bundle = Bundle.open(options.bundle)
+    if options.report is not None:
+        _check_report(options.report, options.bundle)
+    bundle = Bundle.open(options.bundle.resolve())
     reporter = Reporter(quiet=options.quiet, json_lines=options.json)
     checkpoint = open_source(bundle, options.checkpoint)
     config = model_config(bundle, checkpoint)
@@ -143,6 +146,15 @@ def validate(options: argparse.Namespace) -> int:
         sys.stderr.write(f"error: gates failed: {'; '.join(judge.failures(report))}\n")
         return 3
     return 0
+
+
+def _check_report(report: Path, bundle: Path) -> None:
+    """Refuse, before the work, a report that cannot be written or would change the bundle."""
+    folder = report.resolve().parent
+    if not folder.is_dir():
+        raise UsageError(f"--report {report}: there is no folder {folder}; make it, or choose another place")
+    if folder.is_relative_to(bundle.resolve()):
+        raise UsageError(f"--report {report}: lies inside the bundle, which validate only changes with --update")
 
 
 def update(bundle: Bundle, report: dict[str, Any]) -> None:
@@ -175,14 +187,15 @@ def run(options: argparse.Namespace) -> int:
     from export.chat.template import load_tokenizer
     from targets import load_target
 
-    bundle = Bundle.open(options.bundle, verify=False)
-    sampler = Sampling(options.temperature, options.top_k, options.top_p, options.seed).sampler()
+    bundle = Bundle.open(options.bundle, verify=options.verify)
+    sampler = Sampling(options.temperature, options.top_k, options.top_p, options.seed or 0).sampler()
     tokenizer = load_tokenizer(bundle.path)
     session = load_target(bundle.manifest["target"]["name"]).open(bundle.path, bundle.manifest, options.threads)
     chat = Chat(Conversation(session, Contract.of(bundle.manifest)), tokenizer, thinking=options.thinking)
     images = [pictures.load(path) for path in options.image]
+    session.load([n for n in bundle.manifest["signatures"] if images or not n.startswith("vision")])
     messages: list[dict[str, Any]] = []
-    answers = []
+    answers, turns = [], []
     for turn, prompt in enumerate(options.prompt):
         content: Any = prompt
         if turn == 0 and images:
@@ -190,6 +203,7 @@ def run(options: argparse.Namespace) -> int:
         messages.append({"role": "user", "content": content})
         answer, numbers = _answer(chat, tokenizer, messages, images, options, sampler)
         answers.append(answer)
+        turns.append(numbers)
         messages.append({"role": "assistant", "content": answer})
         if not options.quiet and not options.json:
             sys.stderr.write(
@@ -198,7 +212,7 @@ def run(options: argparse.Namespace) -> int:
                 f"{numbers['new_tokens']} tokens at {numbers['tokens_per_s']:.1f} tokens/s]\n"
             )
     if options.json:
-        _print(json.dumps({"answers": answers, **numbers}))
+        _print(json.dumps({"answers": answers, "turns": turns, "load_s": session.load_seconds}))
     return 0
 
 
@@ -211,14 +225,13 @@ def _answer(
     sampler: Any,
 ) -> tuple[str, dict[str, Any]]:
     begin = time.perf_counter()
-    first: list[float] = []
+    times: list[float] = []
     said: list[int] = []
     shown = ""
 
     def stream(token: int) -> None:
         nonlocal shown
-        if not first:
-            first.append(time.perf_counter())
+        times.append(time.perf_counter())
         said.append(token)
         text = tokenizer.decode(said, skip_special_tokens=True)
         # A character may span several tokens: hold back what is not complete yet.
@@ -230,16 +243,15 @@ def _answer(
     prompt, new = chat.answer(
         messages, images, max_new_tokens=options.max_new_tokens, sampler=sampler, on_token=stream
     )
-    end = time.perf_counter()
-    start = first[0] if first else end
+    times = times or [time.perf_counter()]
     if not options.json:
         sys.stdout.write("\n")
     return tokenizer.decode(new, skip_special_tokens=True), {
         "prompt_tokens": len(prompt),
         "reused_tokens": chat.reused,
         "new_tokens": len(new),
-        "ttft_ms": 1e3 * (start - begin),
-        "tokens_per_s": (len(new) - 1) / (end - start) if len(new) > 1 else 0.0,
+        "ttft_ms": 1e3 * (times[0] - begin),
+        "tokens_per_s": (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else 0.0,
     }
 
 
@@ -248,9 +260,7 @@ def bench(options: argparse.Namespace) -> int:
     from export.validate import judge
     from targets import load_target
 
-    if options.threads < 1 or options.runs < 1:
-        raise UsageError("--threads and --runs must be at least 1")
-    bundle = Bundle.open(options.bundle, verify=False)
+    bundle = Bundle.open(options.bundle, verify=options.verify)
     target = load_target(bundle.manifest["target"]["name"])
     entry = judge.measure_bundle(
         target,
@@ -274,7 +284,7 @@ def bench_table(entry: dict[str, Any]) -> str:
             f"{e['tokens_per_s_best']:>10.1f}{'':>12}{e['runs']:>5}{e['warmups']:>10}{e['threads']:>9}"
         )
     lines.append(f"prompt {entry['prefill']['prompt_tokens']} tokens, load {entry['load_s']:.2f} s, "
-                 f"memory {entry['memory_bytes'] / 2**20:.0f} MiB, host numbers")
+                 f"peak memory {entry['peak_memory_bytes'] / 2**20:.0f} MiB, host numbers")
     for name, share in entry["bandwidth"].items():
         lines.append(
             f"{name}: {share['bytes_per_s'] / 1e9:.1f} GB/s ({share['bytes_per_s_least'] / 1e9:.1f} to "

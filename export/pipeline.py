@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -63,9 +65,15 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
     weights = Weights(checkpoint, config)
     check_request(spec, target, weights, recipe)
     quantizer = Quantizer(weights, recipe)
-    key = {**spec.build_key(), "content": checkpoint.content_key()}
+    key = {
+        **spec.build_key(),
+        "content": checkpoint.content_key(),
+        "roles": quantizer.recipe.as_manifest()["roles"],
+        "built_with": built_with(),
+    }
     report = None
     with BundleWriter(spec.output, key, overwrite=spec.overwrite, resume=spec.resume) as writer:
+        tokenizer = write_tokenizer(checkpoint, config, writer)  # first: a broken one costs no lowering
         sizes = spec.image_sizes if config.vision is not None else ()
         with progress.stage("lower", total=num_parameters(weights)) as bar:
             lowered = target.lower(
@@ -83,7 +91,6 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
             )
         for path, role in lowered.files.items():
             writer.add(path, role)
-        tokenizer = write_tokenizer(checkpoint, config, writer)
         manifest = describe(spec, checkpoint, weights, quantizer.recipe, target, lowered, tokenizer)
         passed = True
         if not spec.skip_validation:
@@ -133,7 +140,7 @@ def check_request(spec: ExportSpec, target: Target, weights: Weights, recipe: Re
 
 
 def num_parameters(weights: Weights) -> int:
-    """Weights of the model, a tied matrix counted once."""
+    """Weights to be written, a tied matrix counted once."""
     seen: dict[tuple[str, ...], int] = {}
     for parameter in weights.parameters.values():
         count = 1
@@ -141,6 +148,22 @@ def num_parameters(weights: Weights) -> int:
             count *= extent
         seen[tuple(f"{s.tensor}{s.start}" for s in parameter.segments)] = count
     return sum(seen.values())
+
+
+def published_parameters(weights: Weights) -> int:
+    """Elements of the published tensors that the model is made of."""
+    tensors = {segment.tensor for p in weights.parameters.values() for segment in p.segments}
+    return sum(math.prod(weights.checkpoint.shape(name)) for name in tensors)
+
+
+def license_of(checkpoint: Checkpoint) -> str:
+    """The licence that the checkpoint's model card (README.md) names in its front matter, else "unknown"."""
+    card = checkpoint.sidecar("README.md")
+    if card is None:
+        return "unknown"
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
+    found = re.search(r"^license:\s*(\S+)\s*$", parts[1], re.MULTILINE) if len(parts) == 3 else None
+    return found[1] if found else "unknown"
 
 
 def describe(
@@ -156,6 +179,8 @@ def describe(
     config: ModelConfig = weights.config
     variant = "base" if spec.base else "instruct"
     roles = recipe.as_manifest()
+    for role in roles["roles"].values():
+        role["activations"] = target.capabilities.activations[role["bits"]]
     if config.vision is None:
         roles["roles"].pop("vision", None)
     source = {"revision": None, "seed": None, **checkpoint.source}
@@ -168,10 +193,10 @@ def describe(
             "size": spec.size,
             "variant": variant,
             "source": source,
-            "license": "apache-2.0",
+            "license": license_of(checkpoint),
             "hidden_size": config.text.hidden_size,
             "vocab_size": config.text.vocab_size,
-            "num_parameters": num_parameters(weights),
+            "num_parameters": published_parameters(weights),
         },
         "target": {
             "name": target.name,

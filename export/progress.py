@@ -45,8 +45,11 @@ class _Callback:
         self._callback(count)
 
 
-class _Sampler(threading.Thread):
-    """Samples the resident memory of this process and its children while a stage runs."""
+class MemorySampler(threading.Thread):
+    """Samples the resident memory of this process and its children while a stage runs.
+
+    `start_bytes` is what they held when it was made.
+    """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -55,6 +58,7 @@ class _Sampler(threading.Thread):
         self._process = psutil.Process()
         self._before = _lifetime_peak()
         self._sample()
+        self.start_bytes = self._peak
 
     def run(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
@@ -110,7 +114,7 @@ class Reporter:
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Bar]:
         """A stage of the work; `total` is in the units that `advance` counts."""
-        sampler, begin = _Sampler(), time.perf_counter()
+        sampler, begin = MemorySampler(), time.perf_counter()
         sampler.start()
         self._event("start", stage=name, total=total)
         try:

@@ -19,7 +19,7 @@ from export import arguments, plan
 from export.__main__ import main
 from export.checkpoint.weights import parameters
 from export.model.config import ModelConfig
-from export.progress import Reporter
+from export.progress import SAMPLE_SECONDS, Reporter
 from export.quantize.recipe import ROLES
 from export.sizes import SIZES
 from export.spec import ExportError, ExportSpec, GateError, UsageError
@@ -307,6 +307,7 @@ def test_peak_memory_sees_what_a_stage_held() -> None:
     with reporter.stage("large"):
         block = bytearray(200 * 2**20)
         block[:: 4096] = b"x" * len(block[:: 4096])
+        time.sleep(4 * SAMPLE_SECONDS)
         del block
     before, large = (stage.peak_bytes for stage in reporter.stages)
     assert large - before > 150 * 2**20

@@ -15,7 +15,7 @@ import pytest
 from export.bundle import manifest as contract
 from export.bundle.manifest import MANIFEST, BundleError, check_manifest, dump
 from export.bundle.reader import Bundle
-from export.bundle.writer import KEY, BundleWriter, check_output
+from export.bundle.writer import KEY, MARK, BundleWriter, check_output
 from export.spec import ExportError, UsageError
 
 GOLDEN = sorted((Path(contract.__file__).parent / "golden").glob("*.json"))
@@ -187,10 +187,33 @@ def test_an_old_bundle_outlives_a_failed_new_one(tmp_path: Path, monkeypatch: py
 
 
 def test_a_crash_between_the_two_renames_is_mended(tmp_path: Path) -> None:
-    write(tmp_path / "b").rename(tmp_path / "b.old")
+    (write(tmp_path / "b") / MARK).touch()
+    (tmp_path / "b").rename(tmp_path / "b.replaced")
     with pytest.raises(UsageError, match="exists"):
         check_output(tmp_path / "b", overwrite=False)
     assert names(tmp_path) == ["b"]
+    Bundle.open(tmp_path / "b")  # without the mark
+    (write(tmp_path / "c") / MARK).touch()
+    (tmp_path / "c").rename(tmp_path / "b.replaced")
+    check_output(tmp_path / "b", overwrite=True)
+    assert names(tmp_path) == ["b"]
+
+
+@pytest.mark.parametrize("suffix", [".partial", ".replaced", ".rejected"])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_neighbours_that_are_not_ours_are_left_alone(suffix: str, kind: str, tmp_path: Path) -> None:
+    neighbour = tmp_path / f"b{suffix}"
+    if kind == "folder":
+        neighbour.mkdir()
+        (neighbour / "thesis.tex").write_text("mine")
+    else:
+        neighbour.write_text("mine")
+    with pytest.raises(UsageError, match=rf"b\{suffix} is in the way and no .* of ours; move it"):
+        write(tmp_path / "b", overwrite=True)
+    assert names(tmp_path) == [neighbour.name]
+    (tmp_path / "b.old").mkdir()
+    write(tmp_path / "c")
+    assert names(tmp_path) == ["b.old", neighbour.name, "c"]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])

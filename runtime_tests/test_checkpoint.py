@@ -289,6 +289,18 @@ SINGLE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "config.json").write_text("{"),
         r"config.json is not readable JSON .*; download it again",
     ),
+    "config too deep": (
+        lambda f: (f / "config.json").write_text('{"a":' * 100_000),
+        r"config.json is not readable JSON \(maximum recursion",
+    ),
+    "header too deep": (
+        lambda f: (f / SINGLE).write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000),
+        r"has a corrupt header \(RecursionError",
+    ),
+    "preprocessor not json": (
+        lambda f: (f / "preprocessor_config.json").write_text("{'a': 1}"),
+        r"preprocessor_config.json is not readable JSON .*; download it again",
+    ),
     "config a list": (
         lambda f: (f / "config.json").write_text("[]"),
         r"config.json holds a list; it must be a JSON object",

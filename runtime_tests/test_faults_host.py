@@ -57,6 +57,13 @@ def contiguous(positions: Any, theta: float, dim: int, sections: list[int], dtyp
     return angle.cos(), angle.sin()
 
 
+def late_queries(x: Any, cos: Any, sin: Any) -> Any:
+    """Queries stand one position before their keys."""
+    if x.shape[-2] == 4:
+        cos, sin = cos.roll(1, -2), sin.roll(1, -2)
+    return operators.rotary(x, cos, sin)
+
+
 L0: dict[str, Callable[[Patch], None]] = {
     "eps of the rms norm too large": wrong_operator(
         "rms_norm", lambda x, w, eps: operators.rms_norm(x, w, 1e-3)
@@ -72,6 +79,7 @@ L0: dict[str, Callable[[Patch], None]] = {
         "delta_gates", lambda a, b, d, t, valid: operators.delta_gates(a, b, d, t, None)
     ),
     "M-RoPE sections not interleaved": wrong_operator("rotary_table", contiguous),
+    "positions of queries off by one": wrong_operator("rotary", late_queries),
     "attention one row late": wrong_operator(
         "cached_attention", lambda q, k, v, a, b, start, s: operators.cached_attention(q, k, v, a, b, start + 1, s)
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from export.bundle.manifest import BundleError
 from export.chat.conversation import Contract, Conversation
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
@@ -78,8 +80,11 @@ def test_l2_every_stored_weight_equals_the_quantiser(recipe: str, tied: bool, tm
     rung = l2(case)
     assert rung.status == "PASS", rung.series
     weights = Weights(checkpoint, checkpoint.model_config)
-    stored = sum(np.prod(p.shape) for p in weights.parameters.values() if p.role not in ("kept", "embedding"))
-    assert rung.checks[1].value >= stored
+    stored = sum(np.prod(p.shape) for p in weights.parameters.values() if not p.name.endswith("position_weight"))
+    shared = np.prod(weights.parameter("embedding.weight").shape) if tied else 0
+    values = {c.name: c.value for c in rung.checks}
+    assert values["L2.weights"] >= stored - shared
+    assert values["L2.missing"] == 0
 
 
 @pytest.mark.parametrize("offset", [0, 1000])
@@ -97,6 +102,50 @@ def test_l2_notices_one_flipped_nibble(offset: int, small: Any, tmp_path: Path) 
     rung = l2(Case(small, small.model_config, recipe, load_target("onnx"), tmp_path, manifest, 1))
     assert rung.status == "FAIL"
     assert rung.checks[0].value in (1, 2), "one weight, counted once per graph that reads it"
+
+
+@pytest.mark.parametrize(
+    "tensor", ["input_layernorm", "conv1d.weight[0:256]|flatten|float32|tap2", "A_log", "norm1.bias", "position_weight"]
+)
+def test_l2_notices_a_changed_tensor_that_is_no_matrix(tensor: str, small: Any, tmp_path: Path) -> None:
+    recipe = load_recipe("int4", 32)
+    _, manifest, _ = build(small, tmp_path, recipe)
+    graphs = [onnx.load(tmp_path / f, load_external_data=False).graph for f in ("decoder.onnx", "vision.onnx")]
+    found = next(t for g in graphs for t in g.initializer if tensor in t.name and t.external_data)
+    with open(tmp_path / "weights.bin", "r+b") as file:
+        file.seek(int({e.key: e.value for e in found.external_data}["offset"]))
+        file.write(np.float32(0.123).tobytes())
+    rung = l2(Case(small, small.model_config, recipe, load_target("onnx"), tmp_path, manifest, 1))
+    assert rung.checks[0].value == 1
+    assert len(rung.series["wrong"]) == 1
+
+
+def test_l2_notices_a_parameter_that_no_graph_reads(small: Any, tmp_path: Path) -> None:
+    recipe = load_recipe("int4", 32)
+    _, manifest, _ = build(small, tmp_path, recipe)
+    (tmp_path / "vision.onnx").unlink()
+    rung = l2(Case(small, small.model_config, recipe, load_target("onnx"), tmp_path, manifest, 1))
+    missing = rung.series["missing"]
+    assert rung.status == "FAIL"
+    assert "vision.patch.weight" in missing
+    assert any(name.startswith("vision.position_weight@") for name in missing)
+    assert not any(name.startswith("decoder") for name in missing)
+
+
+def test_weights_outside_the_bundle_are_refused(small: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    _, manifest, _ = build(small, folder, Recipe.unquantised())
+    model = onnx.load(folder / "decoder.onnx", load_external_data=False)
+    shutil.copy(folder / "weights.bin", tmp_path / "outside.bin")
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../outside.bin"
+    (folder / "decoder.onnx").write_bytes(model.SerializeToString())
+    case = Case(small, small.model_config, Recipe.unquantised(), load_target("onnx"), folder, manifest, 1)
+    with pytest.raises(BundleError, match=r"lies in '\.\./outside\.bin', which the manifest does not list"):
+        l2(case)
 
 
 def test_a_tied_matrix_is_stored_once_and_aligned(small: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -34,6 +35,27 @@ def test_same_messages_and_exit_codes() -> None:
     assert done.stderr == (
         "error: --size tinny: unknown; choose one of tiny, 0.8b, 2b, 4b, 9b (did you mean tiny?)\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--size tinny --json", "--size tinny: unknown; choose one of tiny"),
+        ("--siz tiny --json", "unknown option --siz (did you mean --size?); see `python -m export --help`"),
+        ("--siz=tiny --json", "unknown option --siz (did you mean --size?); see `python -m export --help`"),
+        ("--threads two --json", "argument --threads: invalid int value: 'two'"),
+        ("validate BUNDLE --json", "unknown option validate"),
+    ],
+)
+def test_mistakes_are_answered_as_by_the_other_command(line: str, message: str) -> None:
+    words = ["--target", "onnx", *line.split()]
+    direct = subprocess.run(
+        [sys.executable, "-m", "export", "export", *words], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    done = optimum(*words)
+    assert (done.returncode, done.stdout, done.stderr) == (2, direct.stdout, direct.stderr)
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert json.loads(done.stdout) == {"error": done.stderr[len("error: ") :].rstrip("\n"), "exit_code": 2}
 
 
 def test_same_pipeline() -> None:

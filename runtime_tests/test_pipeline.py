@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from export.__main__ import main
 from export.bundle.reader import Bundle
 from targets import load_target
 from targets.to_onnx import graph, operators
+from targets.to_onnx.session import OnnxSession
 
 MEASURED = {"latency.json", "report.html", "README.md", "parity.json", "manifest.json"}
 EXPORT = ["--target", "onnx", "--size", "tiny", "--checkpoint", "random", "--num-layers", "4", "--quiet"]
@@ -143,7 +147,94 @@ def test_a_failed_gate_rejects_the_bundle(
     parity = json.loads((bundle.path / "parity.json").read_text())
     assert parity["rungs"]["L1"]["status"] == "FAIL"
     assert parity["rungs"]["L0"]["status"] == parity["rungs"]["L2"]["status"] == "PASS"
-    assert "L1.padding is" in capsys.readouterr().err
+    assert "L1.states is" in capsys.readouterr().err
+
+
+def test_infinite_logits_are_rejected_with_evidence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = OnnxSession.run
+
+    def run(self: OnnxSession, signature: str, inputs: Any) -> Any:
+        outputs = right(self, signature, inputs)
+        if "logits" in outputs:
+            outputs["logits"][0, 0] = np.nan
+        return outputs
+
+    monkeypatch.setattr(OnnxSession, "run", run)
+    assert export(tmp_path / "b") == 3
+    parity = json.loads((tmp_path / "b.rejected" / "parity.json").read_text())
+    assert {c["name"]: c["value"] for c in parity["rungs"]["L1"]["checks"]}["L1.logits"] == "inf"
+    assert "L1.logits is inf, must be at most 0.0001" in capsys.readouterr().err
+
+
+def test_a_recipe_changed_between_interrupt_and_resume_is_another_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "my.toml"
+    roles = ("decoder", "linear_attention", "lm_head", "embedding", "vision")
+    text = "".join(f"[mine.{role}]\nbits = {{}}\n".replace("{}", "{0}") for role in roles)
+    recipe.write_text(text.format(8))
+
+    def stop(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graph.WeightFile, "write", stop)
+        assert export(tmp_path / "b", "--skip-validation", "--recipe", str(recipe)) == 130
+    recipe.write_text(text.format(32))
+    assert export(tmp_path / "b", "--skip-validation", "--recipe", str(recipe), "--resume") == 2
+    assert "belongs to another export (roles:" in capsys.readouterr().err
+
+
+def test_termination_is_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(graph.WeightFile, "write", terminated)
+    assert export(tmp_path / "b", "--skip-validation") == 130
+    assert [p.name for p in tmp_path.iterdir()] == ["b.partial"]
+
+
+@pytest.mark.parametrize("more", [("--context-length", "4", "--prefill-lengths", "2"), ("--num-layers", "1")])
+def test_the_smallest_exports_are_validated(more: tuple[str, ...], tmp_path: Path) -> None:
+    assert export(tmp_path / "b", "--no-vision", *more) == 0
+    assert Bundle.open(tmp_path / "b").manifest["status"] == "validated"
+
+
+def test_run_and_bench_refuse_a_tampered_bundle(
+    plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(plain, tmp_path / "b")
+    with open(tmp_path / "b" / "weights.bin", "r+b") as file:
+        file.seek(5000)
+        file.write(b"tampered")
+    for words in (["run", str(tmp_path / "b"), "--prompt", "x"], ["bench", str(tmp_path / "b")]):
+        assert main(words) == 1
+        assert "weights.bin was changed: its sha256" in capsys.readouterr().err
+        assert main([*words, *([] if words[0] == "run" else ["--steps", "8", "--runs", "1"]), "--no-verify"]) == 0
+
+
+def test_bench_prints_what_it_measured(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", str(plain), "--runs", "2", "--steps", "10", "--threads", "1", "--prompt-tokens", "100"]
+    assert main([*words, "--json"]) == 0
+    entry = json.loads(capsys.readouterr().out)
+    assert entry["prefill"]["prompt_tokens"] == 100
+    assert (entry["prefill"]["runs"], entry["decode"]["runs"]) == (2, 10)
+    assert entry["peak_memory_bytes"] > 0
+    for share in entry["bandwidth"].values():
+        assert share["bound_tokens_per_s"] == pytest.approx(share["bytes_per_s"] / entry["decode_bytes"])
+        assert 0 < share["share"] < 1
+    assert main([*words[:-1], "1024"]) == 2
+    assert "--prompt-tokens 1024: the bundle's context of 1024 must hold" in capsys.readouterr().err
+
+
+def test_reports_stay_out_of_the_bundle(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(plain), "--report", str(plain / "manifest.json")]) == 2
+    assert "lies inside the bundle" in capsys.readouterr().err
+    assert main(["validate", str(plain), "--report", str(tmp_path / "no" / "r.json")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_a_validated_export_passes_and_validates_again(
@@ -183,5 +274,6 @@ def test_run_streams_an_answer(plain: Path, capsys: pytest.CaptureFixture[str]) 
     words = ["run", str(plain), "--prompt", "What is 1+1?", "--max-new-tokens", "5", "--json", "--threads", "1"]
     assert main(words) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["new_tokens"] <= 5
-    assert result["ttft_ms"] > 0
+    assert result["turns"][0]["new_tokens"] <= 5
+    assert result["turns"][0]["ttft_ms"] > 0
+    assert result["load_s"] > 0

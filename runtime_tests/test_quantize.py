@@ -311,6 +311,18 @@ WRONG_RECIPES: dict[str, tuple[bytes, str]] = {
     "unknown key": (_toml(vision="{ bits = 8, sign = 1 }").encode(), r"role 'vision' has unknown key 'sign'; use bits"),
     "no bits": (_toml(vision="{ group_size = 32 }").encode(), r"role 'vision' has no bits; choose 4, 8 or 32"),
     "bits": (_toml(vision="{ bits = 3 }").encode(), r"role 'vision' has bits 3; choose 4, 8 or 32"),
+    "bits a fraction": (_toml(vision="{ bits = 8.0 }").encode(), r"has bits 8.0; choose 4, 8 or 32, a whole number"),
+    "bits a text": (_toml(vision='{ bits = "8" }').encode(), r"has bits '8'; choose 4, 8 or 32, a whole number"),
+    "bits a truth": (_toml(vision="{ bits = true }").encode(), r"has bits True; choose 4, 8 or 32, a whole number"),
+    "bits a list": (_toml(vision="{ bits = [8] }").encode(), r"has bits \[8\]; choose 4, 8 or 32, a whole number"),
+    "group a fraction": (
+        _toml(decoder="{ bits = 4, group_size = 64.0 }").encode(),
+        r"has 4 bits and group_size 64.0; choose 32, 64 or 128, a whole number",
+    ),
+    "group a text": (
+        _toml(decoder='{ bits = 4, group_size = "64" }').encode(),
+        r"has 4 bits and group_size '64'; choose 32, 64 or 128, a whole number",
+    ),
     "group": (
         _toml(decoder="{ bits = 4, group_size = 24 }").encode(),
         r"role 'decoder' has 4 bits and group_size 24; choose 32, 64 or 128",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,8 @@ class Capabilities:
     """Groups along the input features at 4 bits; 8 bits are per output channel everywhere."""
     asymmetric: bool
     """Zero points at 4 bits. Without them an asymmetric recipe is refused."""
+    activations: Mapping[int, str]
+    """Weight width -> dtype in which the runtime multiplies activations with such weights."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Lowered:
     files: dict[str, str]
     """Relative path -> role, for every file the target wrote."""
     session_options: dict[str, Any] = field(default_factory=dict)
+    """What an app must set on its runtime, in the runtime's own words."""
 
 
 class Session(Protocol):
@@ -63,6 +66,10 @@ class Session(Protocol):
 
     load_seconds: float
     """Time spent loading files into the runtime so far."""
+
+    def load(self, signatures: Iterable[str]) -> None:
+        """Load what these signatures need now; else the first `run` of each does."""
+        ...
 
     def run(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """Run one signature of the manifest with the contract's names, shapes and dtypes."""

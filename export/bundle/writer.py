@@ -21,6 +21,9 @@ from export.bundle.manifest import MANIFEST, check_manifest, dump
 from export.spec import ExportError, UsageError
 
 KEY = ".resume.json"
+"""Marks a folder of ours that is unfinished, and says which export it belongs to."""
+MARK = ".replaced"
+"""Marks an old bundle that a new one is about to replace."""
 
 
 def _sibling(output: Path, suffix: str) -> Path:
@@ -34,6 +37,14 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         UsageError: naming the folder and the remedy.
     """
     _recover(output)
+    for suffix, mark, what in (
+        (".partial", KEY, "unfinished export"),
+        (".replaced", MARK, "replaced bundle"),
+        (".rejected", MANIFEST, "rejected bundle"),
+    ):
+        folder = _sibling(output, suffix)
+        if (folder.exists() or folder.is_symlink()) and not (folder / mark).is_file():
+            raise UsageError(f"{folder} is in the way and no {what} of ours; move it, or choose another -o")
     if not output.exists() and not output.is_symlink():
         return
     if not overwrite:
@@ -44,9 +55,14 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def _recover(output: Path) -> None:
-    """Put an old bundle back that a crash in the middle of `commit` left aside."""
-    old = _sibling(output, ".old")
-    if (old / MANIFEST).is_file() and not output.exists():
+    """Finish what a crash in the middle of `_replace` left: put the old bundle back, or remove it."""
+    old = _sibling(output, ".replaced")
+    if not (old / MARK).is_file() or old.is_symlink():
+        return
+    if output.exists():
+        shutil.rmtree(old)
+    else:
+        (old / MARK).unlink()
         old.rename(output)
 
 
@@ -92,7 +108,7 @@ class BundleWriter:
         if self.resumed:
             return
         if self.path.exists():
-            shutil.rmtree(self.path)
+            shutil.rmtree(self.path)  # ours: check_output has seen its key
         self.path.mkdir(parents=True)
         (self.path / KEY).write_text(self._key, encoding="utf-8")
 
@@ -155,17 +171,19 @@ class BundleWriter:
 
     def _replace(self, target: Path) -> None:
         """Rename the finished folder to `target`, keeping what stood there until that succeeded."""
-        old = _sibling(target, ".old")
-        if old.exists():
-            shutil.rmtree(old)
+        if target == self.rejected and target.exists():
+            shutil.rmtree(target)  # evidence of an earlier try: nobody misses it
         if not target.exists():
             self.path.rename(target)
             return
+        old = _sibling(self.output, ".replaced")
+        (target / MARK).touch()
         target.rename(old)
         try:
             self.path.rename(target)
         except BaseException:
             if not target.exists():
+                (old / MARK).unlink()
                 old.rename(target)
             raise
         shutil.rmtree(old, ignore_errors=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
+
 from export.bundle.writer import BundleWriter
 from export.checkpoint.base import Checkpoint, CheckpointError, read_json
 from export.model.config import ModelConfig
@@ -71,7 +73,9 @@ def write_tokenizer(checkpoint: Checkpoint, config: ModelConfig, writer: BundleW
     if "tokenizer.json" in copied:
         tokenizer = load_tokenizer(writer.path)
         if template:
-            writer.add_json("chat_tests.json", "chat_tests", chat_tests(tokenizer))
+            tests = chat_tests(tokenizer)
+            _check_ids(tests, config.text.vocab_size)
+            writer.add_json("chat_tests.json", "chat_tests", tests)
     return {
         "files": [name for name in copied if name.startswith("tokenizer")],
         "chat_template": template,
@@ -158,8 +162,9 @@ def render(
 
 
 def _reason(error: Exception) -> str:
-    """Kind and text of an error on one line."""
-    return f"{type(error).__name__}: {shorten(str(error), 200)}"
+    """Kind and text of an error on one line, with the line of the template that it is about."""
+    place = f" in line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+    return f"{type(error).__name__}: {shorten(str(error), 200)}{place}"
 
 
 def chat_tests(tokenizer: Any) -> list[dict[str, Any]]:
@@ -170,3 +175,20 @@ def chat_tests(tokenizer: Any) -> list[dict[str, Any]]:
         ids = render(tokenizer, case["messages"], **options)
         entries.append({"name": name, **case, "add_generation_prompt": True, "token_ids": ids})
     return entries
+
+
+def _check_ids(tests: list[dict[str, Any]], vocab: int) -> None:
+    """Refuse the tokenizer of another model: its ids would read rows that the embedding does not have.
+
+    Raises:
+        CheckpointError: naming the conversation of `tests` and the id.
+    """
+    for test in tests:
+        ids = test["token_ids"]
+        if not ids or max(ids) >= vocab:
+            found = f"ids up to {max(ids)}" if ids else "no ids"
+            raise CheckpointError(
+                f"template and tokenizer make {found} of the conversation {test['name']!r}; they must be 0 to "
+                f"{vocab - 1}, the rows of the embedding: take chat_template.jinja, tokenizer.json and the weights "
+                "from the same checkpoint"
+            )

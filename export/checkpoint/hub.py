@@ -7,7 +7,7 @@ import errno
 from export.checkpoint.base import CheckpointError
 from export.checkpoint.folder import FolderCheckpoint
 
-PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "LICENSE*"]
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "README.md", "LICENSE*"]
 """Never pickles, never code."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined, select_autoescape
@@ -112,7 +113,7 @@ def _states(errors: dict[str, dict[str, float]]) -> str:
     figure, axes = _figure()
     names = list(next(iter(errors.values())))
     for rung, series in errors.items():
-        axes.plot(range(len(names)), [max(series.get(n, 0.0), 1e-9) for n in names], "o-", ms=3, label=rung)
+        axes.plot(range(len(names)), [_positive(series.get(n, 0.0)) for n in names], "o-", ms=3, label=rung)
     axes.set_yscale("log")
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
     axes.legend()
@@ -120,9 +121,15 @@ def _states(errors: dict[str, dict[str, float]]) -> str:
     return _svg(figure)
 
 
+def _positive(value: float | str) -> float:
+    """A number for a logarithmic axis; a gap where the report holds "inf" or "nan"."""
+    number = float(value)
+    return max(number, 1e-9) if math.isfinite(number) else math.nan
+
+
 def _lines(x: list[int], y: list[float]) -> str:
     figure, axes = _figure()
-    axes.plot(x, [max(v, 1e-9) for v in y], lw=1)
+    axes.plot(x, [_positive(v) for v in y], lw=1)
     axes.set_yscale("log")
     axes.set_xlabel("token")
     axes.grid(alpha=0.3)

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from export.bundle.writer import BundleWriter
 from export.chat.template import load_tokenizer
 from export.checkpoint.base import Checkpoint
 from export.model.config import ModelConfig
+from export.progress import MemorySampler
 from export.quantize.recipe import Recipe
 from export.sizes import SHIPPED, TINY
+from export.spec import UsageError
 from export.validate import latency, task
 from export.validate.ladder import RUNGS, Case, climb
 from export.validate.probe import image_tokens
@@ -123,22 +123,38 @@ def measure_bundle(
     manifest: dict[str, Any],
     threads: int,
     runs: int = 3,
-    prompt_tokens: int = 512,
+    prompt_tokens: int | None = None,
     steps: int = 24,
 ) -> dict[str, Any]:
-    """Speed, load time and memory of a bundle, and its share of the bound that read bandwidth, measured
-    between its decode steps, sets on the bytes a token must read.
+    """Speed, load time and peak memory of a bundle, and its share of the bound that read bandwidth, measured
+    between decode steps in the same run, sets on the bytes a token must read.
+
+    Args:
+        prompt_tokens: by default 512, or half of a shorter context.
+
+    Raises:
+        UsageError: a prompt that leaves no room to decode.
     """
-    process = psutil.Process()
-    before = process.memory_info().rss
+    context = int(manifest["context_length"])
+    if prompt_tokens is None:
+        prompt_tokens = min(512, context // 2)
+    if prompt_tokens >= context:
+        raise UsageError(
+            f"--prompt-tokens {prompt_tokens}: the bundle's context of {context} must hold the prompt and at least "
+            f"one more token; give at most {context - 1}"
+        )
+    sampler = MemorySampler()
+    before = sampler.start_bytes
+    sampler.start()
     session = target.open(folder, manifest, threads)
-    prompt_tokens = min(prompt_tokens, manifest["context_length"] // 2)
-    with latency.Bandwidth(threads) as bandwidth:
-        buffers = process.memory_info().rss - before
-        result = latency.measure_session(session, manifest, threads, prompt_tokens, runs, steps, bandwidth)
-        result["memory_bytes"] = process.memory_info().rss - before - buffers
+    work = latency.Workload(session, manifest, prompt_tokens)
+    result = latency.measure_speed(work, threads, runs, steps)
+    result["peak_memory_bytes"] = sampler.stop() - before
     result["load_s"] = session.load_seconds
-    result["decode_bytes"] = target.decode_bytes(folder, manifest) + result.pop("cache_bytes")
+    cache = latency.cache_row_bytes(manifest) * (prompt_tokens + min(steps, context - prompt_tokens) // 2)
+    result["decode_bytes"] = target.decode_bytes(folder, manifest) + cache
+    with latency.Bandwidth(threads) as bandwidth:
+        result["bursts"] = latency.measure_bursts(work, bandwidth, max(3, steps // latency.BURST))
     session.close()
     result["bandwidth"] = bandwidth_share(result["bursts"], result["decode_bytes"])
     return result

@@ -225,7 +225,9 @@ def l1(case: Case) -> Rung:
     probe, plan = case.probe, case.plan
     rows = case.embedded
     context = len(probe.ids)
-    with tempfile.TemporaryDirectory(prefix="l1-", dir=case.folder.parent) as scratch:
+    # Inside an unfinished bundle, so that nothing else is left by a crash; a finished one is never touched.
+    place = case.folder if case.folder.suffix == ".partial" else case.folder.parent
+    with tempfile.TemporaryDirectory(prefix="l1-", dir=place) as scratch:
         folder = Path(scratch)
         lowered = case.target.lower(
             Job(config, quantizer, context, case.prefill_lengths, case.image_sizes, folder)

@@ -16,11 +16,13 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
+from export.chat.conversation import chunks
 from export.checkpoint.base import Checkpoint
-from export.model.config import ModelConfig
+from export.model.config import FULL, ModelConfig
 from export.validate.reference import _on_meta, hf_config
 
 BUFFER_BYTES = 2**30
+WARMUP_STEPS = 4
 BURST = 8
 """Decode steps between two readings of the bandwidth."""
 SETTLE_SECONDS = 0.05
@@ -53,35 +55,45 @@ def timed(call: Callable[[], Any], runs: int, warmups: int) -> list[float]:
     return seconds
 
 
-def measure_session(
-    session: Any,
-    manifest: dict[str, Any],
-    threads: int,
-    prompt_tokens: int,
-    runs: int,
-    steps: int,
-    bandwidth: Bandwidth | None = None,
-) -> dict[str, Any]:
-    """Prefill of `prompt_tokens` from an empty context and `steps` single decode steps after it.
+class Workload:
+    """A prompt of random ids and the decode steps after it, on an open session.
 
-    With `bandwidth`, memory is read before and after every `BURST` decode steps, because a shared host may
-    change its speed twofold within seconds; `bursts` then pairs both (seconds a step, bytes/s by page kind).
+    `step` cycles through the rows of the context behind the prompt, so that any number of steps fits.
     """
-    from export.chat.conversation import chunks
 
-    context = manifest["context_length"]
-    prompt_tokens = min(prompt_tokens, context - 1)
-    steps = min(steps, context - prompt_tokens - 4)
-    vocab = manifest["model"]["vocab_size"]
-    random = np.random.default_rng(0)
-    ids = random.integers(0, min(vocab, 2**16), (1, prompt_tokens))
-    rows = session.run("embed", {"input_ids": ids})["embeddings"][0]
-    plan = list(chunks(prompt_tokens, manifest["prefill_lengths"]))
+    def __init__(self, session: Any, manifest: dict[str, Any], prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self._session = session
+        self._context = int(manifest["context_length"])
+        self._plan = list(chunks(prompt_tokens, manifest["prefill_lengths"]))
+        random = np.random.default_rng(0)
+        vocabulary = min(manifest["model"]["vocab_size"], 2**16)
+        self._token = random.integers(0, vocabulary, (1, 1))
+        ids = random.integers(0, vocabulary, (1, prompt_tokens))
+        self._rows = session.run("embed", {"input_ids": ids})["embeddings"][0]
+        self._place = prompt_tokens
 
-    def call(first: int, length: int | None, valid: int) -> None:
+    def prefill(self) -> None:
+        """The whole prompt, from an empty context."""
+        self._session.reset()
+        first = 0
+        for length, valid in self._plan:
+            self._call(first, length, valid)
+            first += valid
+        self._place = self.prompt_tokens
+
+    def step(self) -> None:
+        """Embed and decode one token."""
+        if self._place == self._context:
+            self._place = self.prompt_tokens
+        self._session.run("embed", {"input_ids": self._token})
+        self._call(self._place, None, 1)
+        self._place += 1
+
+    def _call(self, first: int, length: int | None, valid: int) -> None:
         size = length or 1
-        chunk = np.zeros((1, size, rows.shape[1]), rows.dtype)
-        chunk[0, :valid] = rows[:valid]
+        chunk = np.zeros((1, size, self._rows.shape[1]), self._rows.dtype)
+        chunk[0, :valid] = self._rows[:valid]
         inputs: dict[str, NDArray[Any]] = {
             "embeddings": chunk,
             "position_ids": np.tile(np.arange(first, first + size, dtype=np.int32), (3, 1)),
@@ -89,40 +101,35 @@ def measure_session(
         }
         if length is not None:
             inputs["valid"] = np.asarray([valid], np.int32)
-        session.run("decode" if length is None else f"prefill_{length}", inputs)
+        self._session.run("decode" if length is None else f"prefill_{length}", inputs)
 
-    def prefill() -> None:
-        session.reset()
-        first = 0
-        for length, valid in plan:
-            call(first, length, valid)
-            first += valid
 
-    prefill_seconds = timed(prefill, runs, 1)
-    place = iter(range(prompt_tokens, context))
-    token = random.integers(0, min(vocab, 2**16), (1, 1))
-
-    def step() -> None:
-        session.run("embed", {"input_ids": token})
-        call(next(place), None, 1)
-
-    timed(step, 0, 4)
-    decode_seconds: list[float] = []
-    bursts: list[dict[str, Any]] = []
-    before = bandwidth.read() if bandwidth else {}
-    while len(decode_seconds) < max(1, steps):
-        burst = timed(step, min(BURST, max(1, steps) - len(decode_seconds)), 0)
-        after = bandwidth.read() if bandwidth else {}
-        rates = {name: (before[name] + after[name]) / 2 for name in after}
-        bursts.append({"step_s": float(np.median(burst)), "bytes_per_s": rates})
-        decode_seconds += burst
-        before = after
+def measure_speed(work: Workload, threads: int, runs: int, steps: int) -> dict[str, Any]:
+    """Prefill, `runs` times, then `steps` decode steps in a row."""
+    prefill_seconds = timed(work.prefill, runs, 1)
+    decode_seconds = timed(work.step, steps, WARMUP_STEPS)
     return {
-        "prefill": {**summary(prefill_seconds, prompt_tokens, 1, threads), "prompt_tokens": prompt_tokens},
-        "decode": summary(decode_seconds, 1, 4, threads),
-        "bursts": bursts,
-        "cache_bytes": cache_row_bytes(manifest) * (prompt_tokens + len(decode_seconds) // 2),
+        "prefill": {**summary(prefill_seconds, work.prompt_tokens, 1, threads), "prompt_tokens": work.prompt_tokens},
+        "decode": summary(decode_seconds, 1, WARMUP_STEPS, threads),
     }
+
+
+def measure_bursts(work: Workload, bandwidth: Bandwidth, count: int) -> list[dict[str, Any]]:
+    """Decode speed beside the memory's: seconds a step, bytes/s by kind of page.
+
+    Memory is read before and after every `BURST` decode steps, because a shared host may change its speed
+    twofold within seconds; a burst is held to the mean of its own two readings.
+    """
+    timed(work.step, 0, WARMUP_STEPS)
+    bursts = []
+    before = bandwidth.read()
+    for _ in range(count):
+        seconds = timed(work.step, BURST, 0)
+        after = bandwidth.read()
+        rates = {name: (before[name] + after[name]) / 2 for name in after}
+        bursts.append({"step_s": float(np.median(seconds)), "bytes_per_s": rates})
+        before = after
+    return bursts
 
 
 def cache_row_bytes(manifest: dict[str, Any]) -> int:
@@ -138,7 +145,13 @@ def cache_row_bytes(manifest: dict[str, Any]) -> int:
 def measure_reference(
     checkpoint: Checkpoint, config: ModelConfig, threads: int, prompt_tokens: int, runs: int, steps: int
 ) -> dict[str, Any] | None:
-    """transformers in float32 on the same host, or None where it would not fit the free memory."""
+    """transformers in float32 on the same host, or None where it would not fit the free memory.
+
+    Also None for models cut to their first linear layers: transformers' cache cannot count tokens without a
+    full-attention layer.
+    """
+    if FULL not in config.text.layer_types:
+        return None
     from transformers import Qwen3_5ForConditionalGeneration
 
     settings = hf_config(checkpoint, config)

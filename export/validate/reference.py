@@ -19,7 +19,7 @@ from torch import Tensor
 from export.checkpoint.base import Checkpoint
 from export.checkpoint.weights import TEXT, VISION, Weights
 from export.model import state
-from export.model.config import FULL, ModelConfig
+from export.model.config import FULL, ConfigError, ModelConfig
 from export.model.decoder import Decoder
 from export.model.operators import ops
 from export.model.vision import VisionEncoder
@@ -35,7 +35,13 @@ def hf_config(checkpoint: Checkpoint, config: ModelConfig) -> Any:
     raw = copy.deepcopy(dict(checkpoint.config))
     raw["text_config"]["num_hidden_layers"] = config.text.num_hidden_layers
     raw["text_config"]["layer_types"] = list(config.text.layer_types)
-    result: Any = Qwen3_5Config(**{k: v for k, v in raw.items() if k != "architectures"})
+    try:
+        result: Any = Qwen3_5Config(**{k: v for k, v in raw.items() if k != "architectures"})
+    except Exception as error:  # of fields that only transformers reads, which it checks with many kinds of error
+        raise ConfigError(
+            f"config.json: transformers, which the bundle is compared with, refuses it: {error}; correct the field, "
+            "or leave the comparison out with --skip-validation"
+        ) from error
     result._attn_implementation = "eager"
     result.text_config._attn_implementation = "eager"
     return result

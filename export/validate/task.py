@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export.sizes import shipped_tiny
+
 HELD_OUT = 2**40
 IMAGE_SIZES = ((64, 64), (64, 96), (96, 64))
 GLYPHS = "ACEFHJKLPTUX3479"
@@ -176,7 +178,7 @@ def expand(ids: Sequence[int], images: Sequence[Picture], image_token_id: int) -
 
 def evaluate(
     generate: Generate,
-    tokenizer: Any,
+    tokenizer: Any = None,
     *,
     samples: int = 100,
     seed: int = HELD_OUT,
@@ -186,8 +188,13 @@ def evaluate(
 
     Args:
         generate: (pictures [H, W, 3] in 0…1, prompt ids with image tokens expanded) -> new ids without the
-        stop token. tokenizer: transformers' tokenizer of the checkpoint. samples: per task, from seed on.
+        stop token. tokenizer: transformers' tokenizer; by default that of the shipped checkpoint. samples: per
+        task, from seed on.
     """
+    if tokenizer is None:
+        from export.chat.template import load_tokenizer
+
+        tokenizer = load_tokenizer(shipped_tiny())
     scores = {}
     for task in tasks:
         right = 0

@@ -17,7 +17,10 @@ class OnnxTarget:
     runtime = "onnxruntime"
     min_version = "1.32.0"
     capabilities = Capabilities(
-        bits=frozenset({4, 8, 32}), group_sizes=frozenset({32, 64, 128}), asymmetric=True
+        bits=frozenset({4, 8, 32}),
+        group_sizes=frozenset({32, 64, 128}),
+        asymmetric=True,
+        activations={4: "int8", 8: "int8", 32: "float32"},  # MatMulNBits with accuracy_level 4
     )
 
     def lower(self, job: Job) -> Lowered:

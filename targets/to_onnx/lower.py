@@ -19,6 +19,8 @@ from targets.to_onnx.operators import Lowering, shape_of, walk
 
 WEIGHTS = "weights.bin"
 VISION = "vision.onnx"
+SESSION_OPTIONS = {"session.intra_op.allow_spinning": "1"}
+"""Config entries of onnxruntime: without spinning a decode step waits for its threads at every operator."""
 DTYPES = {
     "embeddings": TensorProto.FLOAT,
     "position_ids": TensorProto.INT32,
@@ -62,7 +64,7 @@ def lower(job: Job) -> Lowered:
         }
         for state in program.states
     ]
-    return Lowered(_signatures(job, program.states, images), states, files, {"intra_op_spinning": True})
+    return Lowered(_signatures(job, program.states, images), states, files, SESSION_OPTIONS)
 
 
 def _emit(job: Job, weights: WeightFile, program: trace.Program, name: str) -> None:

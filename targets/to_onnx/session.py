@@ -7,7 +7,7 @@ manifest allows with `in_place`.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class OnnxSession:
             options.inter_op_num_threads = 1
             options.log_severity_level = 3
             options.enable_mem_pattern = False
+            for key, value in self._manifest.get("session_options", {}).items():
+                options.add_session_config_entry(key, value)
             begin = time.perf_counter()
             try:
                 self._sessions[file] = ort.InferenceSession(
@@ -56,6 +58,11 @@ class OnnxSession:
                 ) from error
             self.load_seconds += time.perf_counter() - begin
         return self._sessions[file]
+
+    def load(self, signatures: Iterable[str]) -> None:
+        for signature in signatures:
+            for stage in self._manifest["signatures"][signature]["stages"]:
+                self._open(stage["file"])
 
     def run(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         entry = self._manifest["signatures"].get(signature)

@@ -35,7 +35,7 @@ def stored_weights(folder: Path, manifest: Mapping[str, Any], quantizer: Quantiz
     for name, parameter in quantizer.weights.parameters.items():
         names.setdefault(storage_key(parameter, quantizer.setting(name)), name)
     # During an export the manifest lists no files yet: then the folder holds what was just written.
-    listed = {entry["path"] for entry in manifest["files"]} or {path.name for path in folder.iterdir()}
+    listed = {entry["path"] for entry in manifest.get("files", ())} or {path.name for path in folder.iterdir()}
     done: set[tuple[Any, ...]] = set()
     for file in sorted(path for path in listed if path.endswith(".onnx")):
         graph = onnx.load(folder / file, load_external_data=False).graph

@@ -1,0 +1,372 @@
+"""Damaged files beside the weights (config, tokenizer, template, preprocessor), at export and at run time.
+
+Each is refused with one line that says file, value, rule and remedy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export.__main__ import main
+from export.bundle.writer import BundleWriter
+from export.chat.template import CONVERSATIONS, load_tokenizer, render, stop_ids, write_tokenizer
+from export.checkpoint.folder import FolderCheckpoint
+from export.model.config import ConfigError, ModelConfig
+from export.sizes import shipped_tiny
+from export.spec import ExportError
+from runtime_tests.conftest import variant
+
+TEMPLATE = "chat_template.jinja"
+GENERATION = "generation_config.json"
+TEXT = json.loads((shipped_tiny() / "config.json").read_text())["text_config"]
+EXPORT = ["--target", "onnx", "--size", "tiny", "--num-layers", "1", "--no-vision", "--skip-validation", "--json"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the shipped checkpoint to damage."""
+    return Path(shutil.copytree(shipped_tiny(), tmp_path / "tiny"))
+
+
+def edit(name: str, **fields: Any) -> Callable[[Path], object]:
+    """Replace fields of a JSON file; None removes."""
+
+    def change(folder: Path) -> None:
+        document = json.loads((folder / name).read_text())
+        document |= fields
+        (folder / name).write_text(json.dumps({k: v for k, v in document.items() if v is not None}))
+
+    return change
+
+
+def put(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+# --- stop tokens ----------------------------------------------------------------------------------------------
+
+STOPS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no json": (put(GENERATION, b'{"eos_token_id": [394'), r"generation_config.json is not readable JSON \(Expecting"),
+    "no text": (put(GENERATION, b"\xff\xfe\x00"), r"generation_config.json is not readable JSON \('utf-8' codec"),
+    "too deep": (put(GENERATION, b"[" * 100_000), r"generation_config.json is not readable JSON \(maximum recursion"),
+    "a list": (put(GENERATION, b"[394, 392]"), r"generation_config.json holds a list; it must be a JSON object"),
+    "a string": (edit(GENERATION, eos_token_id="394"), r"has eos_token_id '394'; it must be .* from 0 to 447"),
+    "strings": (edit(GENERATION, eos_token_id=[394, "392"]), r"has eos_token_id \[394, '392'\]; it must be"),
+    "a truth": (edit(GENERATION, eos_token_id=True), r"has eos_token_id True; it must be"),
+    "an object": (edit(GENERATION, eos_token_id={"id": 394}), r"has eos_token_id {'id': 394}; it must be"),
+    "negative": (edit(GENERATION, eos_token_id=-1), r"has eos_token_id -1; .* take the published file"),
+    "outside": (edit(GENERATION, eos_token_id=[448]), r"has eos_token_id \[448\]; .* token ids from 0 to 447"),
+    "empty": (edit(GENERATION, eos_token_id=[]), r"names no eos_token_id; add the published stop tokens"),
+    "none": (edit(GENERATION, eos_token_id=None), r"names no eos_token_id; add the published stop tokens"),
+    "absent": (lambda f: (f / GENERATION).unlink(), r"a tokenizer but no generation_config.json, .*never stop"),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_wrong_stop_tokens_are_refused(case: str, folder: Path) -> None:
+    damage, message = STOPS[case]
+    damage(folder)
+    checkpoint = FolderCheckpoint(folder)
+    with pytest.raises(ExportError, match=message):
+        stop_ids(checkpoint, checkpoint.model_config)
+
+
+def test_one_stop_token_and_several() -> None:
+    checkpoint = FolderCheckpoint(shipped_tiny())
+    assert stop_ids(checkpoint, checkpoint.model_config) == [394, 392]
+
+
+def test_one_stop_token_need_not_be_a_list(folder: Path) -> None:
+    edit(GENERATION, eos_token_id=0)(folder)
+    checkpoint = FolderCheckpoint(folder)
+    assert stop_ids(checkpoint, checkpoint.model_config) == [0]
+
+
+# --- tokenizer, template and preprocessor at export -----------------------------------------------------------
+
+
+def _no_template(folder: Path) -> None:
+    (folder / TEMPLATE).unlink()
+    (folder / "tokenizer.json").write_text("{}")
+
+
+COPIED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "tokenizer no json": (put("tokenizer.json", b"{"), r"tiny/tokenizer.json is not readable JSON"),
+    "tokenizer a list": (put("tokenizer.json", b"[]"), r"tiny/tokenizer.json holds a list; it must be a JSON object"),
+    "tokenizer empty": (put("tokenizer.json", b"{}"), r"tokenizer in .* cannot be loaded \(.*; take tokenizer.json"),
+    "tokenizer version": (edit("tokenizer.json", version=9), r"cannot be loaded \(Exception: invalid type: integer"),
+    "tokenizer model": (edit("tokenizer.json", model={"type": "?"}), r"tokenizer in .* cannot be loaded \("),
+    "another vocabulary": (
+        edit("config.json", text_config={**TEXT, "vocab_size": 406}),
+        r"make ids up to 411 of the conversation 'plain'; they must be 0 to 405, the rows of .*: take chat_template",
+    ),
+    "tokenizer, no template": (_no_template, r"tokenizer in .* cannot be loaded \("),
+    "silent": (put(TEMPLATE, b"{# nothing #}"), r"template and tokenizer make no ids of the conversation 'plain'"),
+    "config no json": (put("tokenizer_config.json", b"{,}"), r"tiny/tokenizer_config.json is not readable JSON"),
+    "config a number": (put("tokenizer_config.json", b"3"), r"tokenizer_config.json holds a int; it must be"),
+    "config type": (edit("tokenizer_config.json", model_max_length="x"), r"\(TypeError: '>' not supported"),
+    "syntax": (
+        put(TEMPLATE, b"{% for m in messages %}\n{{ m.content }\n{% endfor %}"),
+        r"chat template cannot render .*\(TemplateSyntaxError: unexpected '}' in line 2\); take chat_template.jinja",
+    ),
+    "no end": (put(TEMPLATE, b"{% if messages %}"), r"\(TemplateSyntaxError: Unexpected end of template"),
+    "unknown filter": (put(TEMPLATE, b"{{ messages | shout }}"), r"\(TemplateAssertionError: No filter named 'shout'"),
+    "wrong type": (put(TEMPLATE, b"{{ messages + 1 }}"), r"cannot render the conversation \(TypeError: "),
+    "refusal": (put(TEMPLATE, b"{{ raise_exception('no users') }}"), r"\(TemplateError: no users\)"),
+    "no text": (put(TEMPLATE, b"\xff{{ messages }}"), r"cannot be loaded \(UnicodeDecodeError"),
+    "preprocessor no json": (put("preprocessor_config.json", b"{"), r"preprocessor_config.json is not readable JSON"),
+    "preprocessor a list": (put("preprocessor_config.json", b"[]"), r"preprocessor_config.json holds a list; it must"),
+}
+
+
+@pytest.mark.parametrize("case", COPIED)
+def test_damaged_sidecars_stop_the_export(case: str, folder: Path, tmp_path: Path) -> None:
+    damage, message = COPIED[case]
+    damage(folder)
+    output = tmp_path / "bundle"
+    with (
+        pytest.raises(ExportError, match=message) as raised,
+        BundleWriter(output, {}, overwrite=False, resume=False) as writer,
+    ):
+        checkpoint = FolderCheckpoint(folder)
+        write_tokenizer(checkpoint, checkpoint.model_config, writer)
+    assert "\n" not in str(raised.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"], "nothing is left behind"
+
+
+PREPROCESSOR: dict[str, tuple[dict[str, Any], str]] = {
+    "a string": ({"image_mean": "x"}, r"has image_mean 'x'; it must be three numbers, for red, green and blue"),
+    "two": ({"image_mean": [0.5, 0.5]}, r"preprocessor_config.json has image_mean \[0.5, 0.5\]; it must be three"),
+    "one": ({"image_std": 0.5}, r"has image_std 0.5; it must be three numbers"),
+    "strings": ({"image_std": ["a", 1, 1]}, r"has image_std \['a', 1, 1\]; it must be three numbers"),
+    "truths": ({"image_std": [True, 1, 1]}, r"has image_std \[True, 1, 1\]; it must be three numbers"),
+    "zero": ({"image_std": [0.5, 0, 0.5]}, r"has image_std \[0.5, 0, 0.5\]; its numbers must be above 0: take prep"),
+    "nan": ({"image_mean": [float("nan"), 0, 0]}, r"has image_mean \[nan, 0, 0\]; it must be three numbers"),
+}
+
+
+@pytest.mark.parametrize("case", PREPROCESSOR)
+def test_a_preprocessor_with_wrong_values_is_refused(case: str, folder: Path) -> None:
+    fields, message = PREPROCESSOR[case]
+    edit("preprocessor_config.json", **fields)(folder)
+    with pytest.raises(ConfigError, match=message):
+        FolderCheckpoint(folder)
+
+
+# --- config.json ----------------------------------------------------------------------------------------------
+
+# (path of the field, its value, message); DELETE removes it.
+DELETE = object()
+WHOLE = "it must be a whole number from 1 to 2147483647: take config.json from the published checkpoint"
+WRONG_CONFIGS: list[tuple[str, Any, str]] = [
+    ("text_config", "x", r"config.json has no 'text_config' object"),
+    ("vision_config", [1], r"config.json has no 'vision_config' object"),
+    ("text_config.hidden_size", "abc", rf"config.json has text_config.hidden_size 'abc'; {WHOLE}"),
+    ("text_config.hidden_size", 128.0, rf"text_config.hidden_size 128.0; {WHOLE}"),
+    ("text_config.hidden_size", None, rf"text_config.hidden_size None; {WHOLE}"),
+    ("text_config.hidden_size", DELETE, r"config.json lacks text_config.hidden_size; take config.json from the publ"),
+    ("text_config.vocab_size", True, rf"text_config.vocab_size True; {WHOLE}"),
+    ("text_config.vocab_size", 2**31, rf"text_config.vocab_size 2147483648; {WHOLE}"),
+    ("text_config.intermediate_size", 0, rf"text_config.intermediate_size 0; {WHOLE}"),
+    ("text_config.head_dim", -64, rf"text_config.head_dim -64; {WHOLE}"),
+    ("text_config.num_attention_heads", [4], rf"text_config.num_attention_heads \[4\]; {WHOLE}"),
+    ("text_config.num_key_value_heads", 0, rf"text_config.num_key_value_heads 0; {WHOLE}"),
+    ("text_config.linear_num_key_heads", 0, rf"text_config.linear_num_key_heads 0; {WHOLE}"),
+    ("text_config.linear_num_key_heads", 3, r"linear_num_value_heads 4 and linear_num_key_heads 3; .*a multiple"),
+    ("text_config.linear_num_value_heads", -4, rf"text_config.linear_num_value_heads -4; {WHOLE}"),
+    ("text_config.linear_key_head_dim", {}, rf"text_config.linear_key_head_dim {{}}; {WHOLE}"),
+    ("text_config.linear_value_head_dim", 0, rf"text_config.linear_value_head_dim 0; {WHOLE}"),
+    ("text_config.linear_conv_kernel_dim", 0, rf"text_config.linear_conv_kernel_dim 0; {WHOLE}"),
+    ("text_config.num_hidden_layers", 0, r"text_config.num_hidden_layers 0; it must be a whole number from 1 to 1024"),
+    ("text_config.num_hidden_layers", 10**9, r"num_hidden_layers 1000000000; it must be .* from 1 to 1024"),
+    ("text_config.full_attention_interval", 0, rf"text_config.full_attention_interval 0; {WHOLE}"),
+    ("text_config.layer_types", 5, r"layer_types 5 for 5 layers; give one of 'linear_attention', 'full_attention'"),
+    ("text_config.layer_types", [["x"]] * 5, r"layer_types \[\['x'\], .* for 5 layers; give one of"),
+    ("text_config.layer_types", ["full_attention"], r"layer_types \['full_attention'\] for 5 layers"),
+    ("text_config.rms_norm_eps", 0, r"text_config.rms_norm_eps 0; it must be a number above 0"),
+    ("text_config.rms_norm_eps", math.nan, r"text_config.rms_norm_eps nan; it must be a number above 0"),
+    ("text_config.tie_word_embeddings", "yes", r"text_config.tie_word_embeddings 'yes'; it must be true or false"),
+    ("tie_word_embeddings", 1, r"config.json has tie_word_embeddings 1; it must be true or false"),
+    ("image_token_id", "5", r"config.json has image_token_id '5'; it must be a whole number from 0 to 63"),
+    ("image_token_id", -1, r"image_token_id -1; it must be a whole number from 0 to 63"),
+    ("vision_end_token_id", 64, r"vision_end_token_id 64; it must be a whole number from 0 to 63"),
+    ("vision_start_token_id", DELETE, r"vision_start_token_id None; it must be a whole number from 0 to 63"),
+    ("text_config.rope_parameters", "x", r"text_config.rope_parameters 'x'; it must be a JSON object"),
+    ("text_config.rope_parameters.rope_theta", "1e7", r"rope_parameters.rope_theta '1e7'; it must be a number above 0"),
+    ("text_config.rope_parameters.rope_theta", math.inf, r"rope_theta inf; it must be a number above 0"),
+    ("text_config.rope_parameters.rope_theta", DELETE, r"lacks text_config.rope_parameters.rope_theta"),
+    ("text_config.rope_parameters.mrope_section", ["q", 3, 3], r"mrope_section \['q', 3, 3\]; .* whole, above 0 and"),
+    ("text_config.rope_parameters.mrope_section", [3.0, 3, 2], r"mrope_section \[3.0, 3, 2\]; its three numbers"),
+    ("text_config.rope_parameters.mrope_section", [9, -1, 0], r"mrope_section \[9, -1, 0\]; .* add up to 8, half of"),
+    ("text_config.rope_parameters.mrope_section", [4, 4], r"mrope_section \[4, 4\]; its three numbers"),
+    ("text_config.rope_parameters.mrope_section", 8, r"mrope_section 8; its three numbers"),
+    ("text_config.rope_parameters.partial_rotary_factor", "x", r"partial_rotary_factor 'x'; it must be a number"),
+    ("text_config.rope_parameters.partial_rotary_factor", 2, r"partial_rotary_factor 2; of 64 .* rotates 128, which"),
+    ("text_config.rope_parameters.partial_rotary_factor", 0.27, r"it rotates 17.28, which must be an even number"),
+    ("text_config.rope_parameters.partial_rotary_factor", 1e299, r"partial_rotary_factor 1e\+299; of 64 dimensions"),
+    ("text_config.hidden_act", ["silu"], r"text_config.hidden_act \['silu'\]; the exportable model knows only 'silu'"),
+    ("vision_config.depth", 0, r"vision_config.depth 0; it must be a whole number from 1 to 1024"),
+    ("vision_config.hidden_size", "64", rf"vision_config.hidden_size '64'; {WHOLE}"),
+    ("vision_config.num_heads", 0, rf"vision_config.num_heads 0; {WHOLE}"),
+    ("vision_config.num_heads", False, rf"vision_config.num_heads False; {WHOLE}"),
+    ("vision_config.patch_size", -16, rf"vision_config.patch_size -16; {WHOLE}"),
+    ("vision_config.spatial_merge_size", 0, rf"vision_config.spatial_merge_size 0; {WHOLE}"),
+    ("vision_config.num_position_embeddings", -64, rf"vision_config.num_position_embeddings -64; {WHOLE}"),
+    ("vision_config.num_position_embeddings", 65, r"num_position_embeddings 65; it must be the square"),
+    ("vision_config.rope_parameters", [1], r"vision_config.rope_parameters \[1\]; it must be a JSON object"),
+    ("vision_config.intermediate_size", DELETE, r"config.json lacks vision_config.intermediate_size; take config.json"),
+]
+
+
+def _with(path: str, value: Any) -> dict[str, Any]:
+    config = variant()
+    *parents, name = path.split(".")
+    place = config
+    for parent in parents:
+        place = place[parent]
+    if value is DELETE:
+        del place[name]
+    else:
+        place[name] = value
+    return config
+
+
+@pytest.mark.parametrize(("path", "value", "message"), WRONG_CONFIGS)
+def test_a_wrong_field_of_the_config_is_named(path: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        ModelConfig.from_dict(_with(path, value))
+    assert raised.value.exit_code == 1 and "\n" not in str(raised.value)
+
+
+def test_older_places_of_rope_values_are_read() -> None:
+    config = variant()
+    text = config["text_config"]
+    rope = text.pop("rope_parameters")
+    text["rope_theta"], text["partial_rotary_factor"] = rope.pop("rope_theta"), rope.pop("partial_rotary_factor")
+    text["rope_scaling"], text["rope_parameters"] = rope, None
+    assert ModelConfig.from_dict(config) == ModelConfig.from_dict(variant())
+
+
+@pytest.mark.parametrize("more", [["--dry-run"], ["--skip-validation"]])
+def test_a_wrong_config_is_one_line_of_the_command(
+    more: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit("config.json", text_config={**TEXT, "linear_num_key_heads": 0})(folder)
+    words = ["--target", "onnx", "--size", "tiny", "--checkpoint", str(folder), "-o", str(tmp_path / "bundle")]
+    assert main([*words, "--json", "--quiet", *more]) == 1
+    out, err = capsys.readouterr()
+    assert err == f"error: config.json has text_config.linear_num_key_heads 0; {WHOLE}\n"
+    assert json.loads(out) == {"error": err.removeprefix("error: ").rstrip(), "exit_code": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+# --- through the command line ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["stop tokens", "template", "config"])
+def test_the_command_prints_one_line_and_json(
+    case: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damages = {
+        "stop tokens": STOPS["no json"],
+        "template": COPIED["syntax"],
+        "config": (edit("config.json", text_config=3), r"config.json has no 'text_config' object"),
+    }
+    damage, message = damages[case]
+    damage(folder)
+    assert main([*EXPORT, "--quiet", "--checkpoint", str(folder), "-o", str(tmp_path / "bundle")]) == 1
+    out, err = capsys.readouterr()
+    assert re.search(message, err) and err.startswith("error: ") and err.count("\n") == 1
+    assert json.loads(out) == {"error": err.removeprefix("error: ").rstrip("\n"), "exit_code": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("out") / "bundle"
+    assert main([*EXPORT, "--quiet", "-o", str(output)]) == 0
+    return output
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (TEMPLATE, r"chat template cannot render the conversation \(TemplateSyntaxError"),
+        ("tokenizer.json", r"the tokenizer in .* cannot be loaded \("),
+        ("tokenizer_config.json", r"the tokenizer in .* cannot be loaded \(JSONDecodeError"),
+    ],
+)
+def test_damage_after_the_export_stops_run(
+    name: str, message: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    content = b"{%{{"
+    (copy / name).write_bytes(content)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    for entry in manifest["files"]:  # a bundle that was made so: the reader's own checks find nothing
+        if entry["path"] == name:
+            entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert main(["run", str(copy), "--prompt", "Hello", "--json", "--threads", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert re.search(message, err) and err.startswith("error: ") and err.count("\n") == 1
+    assert json.loads(out)["exit_code"] == 1
+
+
+def test_what_is_not_damaged_still_renders(bundle: Path) -> None:
+    tokenizer = load_tokenizer(bundle)
+    tests = json.loads((bundle / "chat_tests.json").read_text())
+    assert [case["name"] for case in tests] == list(CONVERSATIONS)
+    assert tests[0]["token_ids"] == render(tokenizer, CONVERSATIONS["plain"]["messages"])
+    with pytest.raises(ExportError, match=r"has no tokenizer.json \(random weights have none\)"):
+        load_tokenizer(bundle.parent)
+
+
+# --- the noise of libraries -----------------------------------------------------------------------------------
+
+NOISE = """
+import sys
+from export.progress import Reporter
+if sys.argv[1] == "quiet":
+    Reporter()
+assert not {"torch", "transformers"} & set(sys.modules), "a reporter imports nothing heavy"
+import transformers
+import transformers.integrations.hub_kernels as kernels
+kernels.logger.warning("advice")
+kernels.logger.error("trouble")
+transformers.logging.get_logger("transformers.modeling_utils").warning("heard")
+"""
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_a_reporter_silences_advice_and_nothing_else(quiet: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NOISE, "quiet" if quiet else "loud"], capture_output=True, text=True, check=True
+    )
+    found = [word for word in ("advice", "trouble", "heard") if word in done.stderr]
+    assert found == (["trouble", "heard"] if quiet else ["advice", "trouble", "heard"])
+
+
+def test_a_config_that_only_transformers_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = tmp_path / "c"
+    shutil.copytree(shipped_tiny(), checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["text_config"]["use_cache"] = ["no"]
+    config["text_config"]["max_position_embeddings"] = "x"
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    words = ["--target", "onnx", "--size", "tiny", "--checkpoint", str(checkpoint), "--quiet", "--num-layers", "4"]
+    assert main([*words, "-o", str(tmp_path / "b")]) in (1, 2)
+    assert "transformers, which the bundle is compared with, refuses it" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
