@@ -73,6 +73,26 @@ def test_a_state_that_fades_is_caught_by_drift(bundle: Path, monkeypatch: pytest
     assert checks["L3.chunking"]["status"] == "FAIL", checks["L3.chunking"]
 
 
+@pytest.mark.parametrize("kind", ["recurrent", "key", "value"])
+def test_a_bundle_that_loses_a_state_between_chunks_fails_its_task(
+    kind: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = OnnxSession.run
+
+    def run(self: OnnxSession, signature: str, inputs: Any) -> Any:
+        if signature.startswith("prefill"):
+            for name, state in self.states().items():
+                if name.startswith(kind):
+                    state[...] = 0
+        return right(self, signature, inputs)
+
+    monkeypatch.setattr(OnnxSession, "run", run)
+    code, checks = quality(bundle)
+    assert code == 3
+    assert checks["L3.task_drop"]["status"] == "FAIL"
+    assert checks["L3.task.recall"]["value"] <= 0.5
+
+
 def test_a_blurred_head_is_caught_by_every_quality_gate(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = OnnxSession.run
     noise = np.random.default_rng(0).normal(0, 6, 4096).astype(np.float32)

@@ -130,7 +130,7 @@ def test_image_tokens_positioned_as_text_destroy_accuracy(
     monkeypatch.setattr(PositionCounter, "prompt", lambda self, ids, token, grids: right(self, ids, -1, []))
     session = TorchSession(model, CONTEXT, LENGTHS)
     scores = task.evaluate(generator(session, contract), tokenizer, samples=40, tasks=["objects", "glyphs"])
-    assert min(scores.values()) <= 0.65, scores
+    assert max(scores.values()) <= 0.65, scores
 
 
 # --- transformers ---------------------------------------------------------------------------------------------
