@@ -16,7 +16,7 @@ from typing import NoReturn
 from export.sizes import SIZES, TINY
 from export.spec import ExportSpec, UsageError
 
-TARGETS = ("onnx",)
+TARGETS = ("onnx", "executorch")
 """Names of `targets.TARGETS`, which cannot be imported without torch; a test compares them."""
 DEFAULT_PREFILL: Mapping[str, tuple[int, ...]] = {TINY: (64,)}
 DEFAULT_IMAGES: Mapping[str, tuple[tuple[int, int], ...]] = {TINY: ((64, 64), (64, 96), (96, 64))}

@@ -22,7 +22,7 @@ from export.validate.probe import make_probe
 from runtime_tests.conftest import VARIANTS, MemoryCheckpoint, variant
 from targets import load_target
 from targets.base import Job, Lowered
-from targets.to_onnx.session import CallError
+from targets.contract import CallError
 
 SIZES = ((64, 96), (96, 64))
 LENGTHS = (16, 64)

@@ -7,7 +7,7 @@ from importlib import import_module
 from export.spec import UsageError
 from targets.base import Target
 
-TARGETS = {"onnx": "targets.to_onnx"}
+TARGETS = {"onnx": "targets.to_onnx", "executorch": "targets.to_executorch"}
 
 
 def load_target(name: str) -> Target:

@@ -4,7 +4,7 @@ graph, one vision graph for every image size, and a single weight file behind th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from onnx import TensorProto
@@ -13,6 +13,7 @@ from export.bundle.manifest import dump
 from export.model import trace
 from export.model.state import State, cache_rows
 from targets.base import Job, Lowered
+from targets.contract import signatures
 from targets.to_onnx import genai
 from targets.to_onnx.graph import Graph, Shape, WeightFile
 from targets.to_onnx.operators import Lowering, shape_of, walk
@@ -29,7 +30,6 @@ DTYPES = {
     "image": TensorProto.FLOAT,
     "input_ids": TensorProto.INT64,
 }
-NAMES = {TensorProto.FLOAT: "float32", TensorProto.INT32: "int32", TensorProto.INT64: "int64"}
 
 
 def state_shape(state: State) -> Shape:
@@ -64,7 +64,7 @@ def lower(job: Job) -> Lowered:
         }
         for state in program.states
     ]
-    return Lowered(_signatures(job, program.states, images), states, files, SESSION_OPTIONS)
+    return Lowered(signatures(job, _stages(program.states)), states, files, SESSION_OPTIONS)
 
 
 def _emit(job: Job, weights: WeightFile, program: trace.Program, name: str) -> None:
@@ -90,61 +90,23 @@ def _emit(job: Job, weights: WeightFile, program: trace.Program, name: str) -> N
     graph.save(job.folder / name)
 
 
-def _tensor(name: str, shape: Sequence[int | str], dtype: str | None = None) -> dict[str, Any]:
-    return {"name": name, "dtype": dtype or NAMES[DTYPES[name]], "shape": list(shape)}
-
-
-def _signatures(
-    job: Job, states: tuple[State, ...], images: tuple[tuple[int, int], ...]
-) -> dict[str, Any]:
-    hidden, vocab = job.config.text.hidden_size, job.config.text.vocab_size
+def _stages(states: tuple[State, ...]) -> Callable[[str], list[dict[str, Any]]]:
+    """One stage per signature; names of the contract are those of the graphs."""
     bindings = {
-        state.name: {
-            "input": f"past.{state.name}",
-            "output": f"present.{state.name}",
-            "in_place": True,
-        }
+        state.name: {"input": f"past.{state.name}", "output": f"present.{state.name}", "in_place": True}
         for state in states
     }
 
-    def stage(file: str, inputs: Sequence[str], output: str, **more: Any) -> dict[str, Any]:
-        return {
-            "kind": "graph",
-            "file": file,
-            "inputs": {name: name for name in inputs},
-            "outputs": {output: output},
-            **more,
-        }
+    def stage(file: str, inputs: Sequence[str], output: str, **more: Any) -> list[dict[str, Any]]:
+        names = {name: name for name in inputs}
+        return [{"kind": "graph", "file": file, "inputs": names, "outputs": {output: output}, **more}]
 
-    def decoder(tokens: int) -> dict[str, Any]:
-        inputs = [
-            _tensor("embeddings", (1, tokens, hidden)),
-            _tensor("position_ids", (3, tokens)),
-            _tensor("start", (1,)),
-        ]
-        return {"inputs": inputs, "outputs": [_tensor("logits", (1, vocab), "float32")], "stages": []}
+    def stages(signature: str) -> list[dict[str, Any]]:
+        if signature == "embed":
+            return stage("embed.onnx", ["input_ids"], "embeddings")
+        if signature.startswith("vision"):
+            return stage(VISION, ["image"], "image_embeddings")
+        inputs = ["embeddings", "position_ids", "start", *([] if signature == "decode" else ["valid"])]
+        return stage("decoder.onnx", inputs, "logits", states=bindings)
 
-    signatures: dict[str, Any] = {
-        "embed": {
-            "inputs": [_tensor("input_ids", (1, "S"))],
-            "outputs": [_tensor("embeddings", (1, "S", hidden))],
-            "stages": [stage("embed.onnx", ["input_ids"], "embeddings")],
-        },
-        "decode": decoder(1),
-    }
-    names = ["embeddings", "position_ids", "start"]
-    signatures["decode"]["stages"] = [stage("decoder.onnx", names, "logits", states=bindings)]
-    for length in job.prefill_lengths:
-        entry = decoder(length)
-        entry["inputs"].append(_tensor("valid", (1,)))
-        entry["stages"] = [stage("decoder.onnx", [*names, "valid"], "logits", states=bindings)]
-        signatures[f"prefill_{length}"] = entry
-    side = job.config.vision.pixels_per_token if job.config.vision is not None else 1
-    for height, width in images:
-        count = (height // side) * (width // side)
-        signatures[f"vision_{height}x{width}"] = {
-            "inputs": [_tensor("image", (1, 3, height, width))],
-            "outputs": [_tensor("image_embeddings", (1, count, hidden), "float32")],
-            "stages": [stage(VISION, ["image"], "image_embeddings")],
-        }
-    return signatures
+    return stages

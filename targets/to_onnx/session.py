@@ -17,10 +17,7 @@ from numpy.typing import NDArray
 
 from export.spec import ExportError
 from targets.base import Arrays
-
-
-class CallError(ExportError):
-    """A signature was called against its contract."""
+from targets.contract import check_call
 
 
 class OnnxSession:
@@ -65,11 +62,7 @@ class OnnxSession:
                 self._open(stage["file"])
 
     def run(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        entry = self._manifest["signatures"].get(signature)
-        if entry is None:
-            known = ", ".join(sorted(self._manifest["signatures"]))
-            raise CallError(f"the bundle has no signature {signature!r}; it has {known}")
-        self._check(signature, entry, inputs)
+        entry = check_call(self._manifest, signature, inputs)
         stage = entry["stages"][0]
         if not stage.get("states"):
             session = self._open(stage["file"])
@@ -108,30 +101,6 @@ class OnnxSession:
             binding.bind_ortvalue_output(names["output"], value)
         self._bindings[signature] = binding
         return binding
-
-    def _check(self, signature: str, entry: Mapping[str, Any], inputs: Mapping[str, NDArray[Any]]) -> None:
-        for tensor in entry["inputs"]:
-            array = inputs.get(tensor["name"])
-            if array is None:
-                raise CallError(f"{signature} needs input {tensor['name']!r}; got {sorted(inputs)}")
-            fits = len(array.shape) == len(tensor["shape"]) and all(
-                isinstance(want, str) or want == got for want, got in zip(tensor["shape"], array.shape, strict=True)
-            )
-            if not fits or str(array.dtype) != tensor["dtype"]:
-                raise CallError(
-                    f"{signature} input {tensor['name']!r} is {array.dtype} {list(array.shape)}; "
-                    f"the manifest declares {tensor['dtype']} {tensor['shape']}"
-                )
-        if "start" in inputs:
-            start = int(inputs["start"][0])
-            valid = int(inputs["valid"][0]) if "valid" in inputs else 1
-            context = self._manifest["context_length"]
-            rows = entry["inputs"][0]["shape"][1]
-            if not 1 <= valid <= rows or start < 0 or start + valid > context:
-                raise CallError(
-                    f"{signature} at start {start} with valid {valid}: valid must be 1 to {rows} and "
-                    f"start + valid at most the context_length {context}; start a new conversation"
-                )
 
     def reset(self) -> None:
         for array in self._states.values():

@@ -1,0 +1,49 @@
+"""ExecuTorch: XNNPACK delegates, as the published Android and iOS packages run them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from export.quantize.quantizer import Quantizer
+from targets.base import Capabilities, Job, Lowered, Rows, Session
+
+
+class ExecuTorchTarget:
+    """See `targets.base.Target`."""
+
+    name = "executorch"
+    runtime = "executorch"
+    min_version = "1.4.1"
+    capabilities = Capabilities(
+        bits=frozenset({4, 8, 32}),
+        group_sizes=frozenset({32, 64, 128}),
+        asymmetric=False,  # XNNPACK's blockwise int4 has one zero point for all: 8
+        activations={4: "int8", 8: "int8", 32: "float32"},  # int8 per row, found while running
+    )
+
+    def lower(self, job: Job) -> Lowered:
+        from targets.to_executorch.lower import lower
+
+        return lower(job)
+
+    def open(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> Session:
+        from targets.to_executorch.session import ExecuTorchSession
+
+        return ExecuTorchSession(folder, manifest, threads)
+
+    def stored_weights(
+        self, folder: Path, manifest: Mapping[str, Any], quantizer: Quantizer
+    ) -> Iterator[tuple[str, Rows]]:
+        from targets.to_executorch.stored import stored_weights
+
+        return stored_weights(folder, manifest, quantizer)
+
+    def decode_bytes(self, folder: Path, manifest: Mapping[str, Any]) -> int:
+        from targets.to_executorch.stored import decode_bytes
+
+        return decode_bytes(folder, manifest)
+
+
+TARGET = ExecuTorchTarget()

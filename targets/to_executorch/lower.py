@@ -1,0 +1,223 @@
+"""Traced programs to .pte files: the decoder in one file or several ranges of layers, the vision encoder in one.
+
+A decoder file has one method per prefill length and one for decode, over the same weights. The embedding is a
+table that the host reads: over the head's own bytes where they are tied, else a file of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from export.model import trace
+from export.model.state import State, cache_rows
+from targets.base import Job, Lowered
+from targets.contract import DTYPES, signatures
+from targets.to_executorch import file
+from targets.to_executorch.operators import Lowering, walk
+from targets.to_executorch.pack import WeightTable
+from targets.to_executorch.program import Constants, Method, aligned, value_method
+
+VISION, EMBEDDING = "vision.pte", "embed.bin"
+KV = ("key", "value")
+Stage = dict[str, Any]
+HEAD = "decoder.head.weight"
+ROWS_AXIS = 1
+"""Axis of tokens in a KV cache [1, L, Hkv, Dh]."""
+
+
+def state_shape(state: State) -> tuple[int, ...]:
+    """Shape of a state in the runtime: tokens before heads, convolution channels last."""
+    if state.kind in KV:
+        heads, rows, width = state.shape
+        return (1, rows, heads, width)
+    return (state.shape[1], state.shape[0]) if state.kind == "conv" else state.shape
+
+
+def entry(signature: str) -> str:
+    """Method of a signature. Runners of the runtime give a method called `decode` another meaning."""
+    return "decode_step" if signature == "decode" else signature
+
+
+def lower(job: Job) -> Lowered:
+    """Write the .pte files and, for an untied embedding, its table into the job's folder."""
+    text = job.config.text
+    rows = cache_rows(job.context_length, job.prefill_lengths)
+    ranges = layer_ranges(job)
+    stages: dict[str, list[Stage]] = {}
+    states: list[State] = []
+    files: dict[str, str] = {}
+    table: Stage | None = None
+    for number, layers in enumerate(ranges):
+        name = "decoder.pte" if len(ranges) == 1 else f"decoder_{number}.pte"
+        part = _Part(job, rows, layers, number, last=number == len(ranges) - 1)
+        for tokens in (1, *job.prefill_lengths):
+            signature, stage = part.emit(tokens, name)
+            stages.setdefault(signature, []).append(stage)
+        states += part.states
+        places = file.write(job.folder / name, part.source(), job.resume)
+        files[name] = "decoder"
+        if HEAD in places and text.tie_word_embeddings:
+            table = _table(job, name, places[HEAD], places.get(part.table_scales() or "", 0))
+    if table is None:
+        table = _write_table(job)
+        files[EMBEDDING] = "embedding"
+    stages["embed"] = [table]
+    if job.image_sizes and job.config.vision is not None:
+        stages |= _vision(job)
+        files[VISION] = "vision"
+    described = [
+        {"name": s.name, "kind": s.kind, "layer": s.layer, "shape": list(state_shape(s)), "dtype": "float32"}
+        for s in states
+    ]
+    return Lowered(signatures(job, stages.__getitem__), described, files)
+
+
+def layer_ranges(job: Job) -> list[range]:
+    """Consecutive layers that share a file, as `stage_layers` and `stage_bytes` of the job allow."""
+    return [range(job.config.text.num_hidden_layers)]
+
+
+class _Part:
+    """The methods of one decoder file: layers `layers`, from hidden rows or embeddings to hidden rows or logits."""
+
+    def __init__(self, job: Job, rows: int, layers: range, number: int, last: bool) -> None:
+        self._job, self._rows, self._layers, self._number, self._last = job, rows, layers, number, last
+        self._constants = Constants()
+        self._weights = WeightTable(job.quantizer, job.advance)
+        self._methods: list[Method] = []
+        self.states: tuple[State, ...] = ()
+
+    def emit(self, tokens: int, name: str) -> tuple[str, Stage]:
+        """Add the method for so many tokens; returns its signature and its stage."""
+        program = trace.trace_decoder(
+            self._job.config, self._rows, tokens, layers=self._layers, head=self._last
+        )
+        self.states = program.states
+        method = Method(entry(program.signature), self._constants)
+        self._methods.append(method)
+        low = Lowering(method, program, self._weights)
+        nodes = list(program.exported.graph.nodes)
+        free = [n for n in nodes if n.op == "placeholder" and program.parameter(n.name) is None]
+        names = [f"hidden_{self._number}" if n == "embeddings" and self._number else n for n in program.inputs]
+        inputs = {}
+        for place, (node, tensor) in enumerate(zip(free, names, strict=False)):
+            shape = tuple(int(extent) for extent in node.meta["val"].shape)
+            low.define(node, method.input(shape, DTYPES.get(tensor, "float32")))
+            inputs[tensor] = str(place)
+        for node, state in zip(free[len(names) :], program.states, strict=True):
+            low.define(node, method.input(state_shape(state)))
+        walk(low)
+        results = list(next(n for n in nodes if n.op == "output").args[0])
+        method.output(low.value(results[0]))
+        offset, bindings = 0, {}
+        for index, (node, state) in enumerate(zip(results[1:], program.states, strict=True)):
+            binding: dict[str, Any] = {"input": str(len(names) + index), "output": str(1 + index)}
+            if state.kind in KV:
+                method.output(low.values[node])
+                bindings[state.name] = {**binding, "update": "rows", "axis": ROWS_AXIS}
+            else:
+                method.output(low.view(low.values[node], state_shape(state)), offset)
+                offset += aligned(4 * int(np.prod(state_shape(state))))
+                bindings[state.name] = {**binding, "in_place": True}
+        output = "logits" if self._last else f"hidden_{self._number + 1}"
+        return program.signature, {
+            "kind": "graph",
+            "file": name,
+            "entry": method.name,
+            "inputs": inputs,
+            "outputs": {output: "0"},
+            "states": bindings,
+        }
+
+    def table_scales(self) -> str | None:
+        """Piece that holds the scales of the head as a table wants them."""
+        return self._weights.scales_of(HEAD)
+
+    def source(self) -> file.Source:
+        """What the file is made of. The head of a tied model also gets the scales its table needs."""
+        if self._last and self._job.config.text.tie_word_embeddings:
+            self._weights.add_table_scales(HEAD)
+        return file.Source(self._methods, metadata(self._job), self._constants, list(self._weights.weights.values()))
+
+
+def metadata(job: Job) -> list[Any]:
+    """Methods without inputs that runners read about a model."""
+    values: dict[str, int | bool | list[int]] = {
+        "get_max_seq_len": job.context_length,
+        "get_max_context_len": job.context_length,
+        "get_vocab_size": job.config.text.vocab_size,
+        "get_n_layers": job.config.text.num_hidden_layers,
+        "get_eos_ids": list(job.stop_token_ids),
+        "use_kv_cache": True,
+        "use_sdpa_with_kv_cache": True,
+        "enable_dynamic_shape": False,
+    }
+    return [value_method(name, value) for name, value in values.items()]
+
+
+def _table(job: Job, name: str, data_offset: int, scale_offset: int) -> Stage:
+    setting = job.quantizer.setting("embedding.weight")
+    return {
+        "kind": "table",
+        "file": name,
+        "inputs": {"input_ids": "input_ids"},
+        "outputs": {"embeddings": "embeddings"},
+        "table": {
+            "rows": job.config.text.vocab_size,
+            "columns": job.config.text.hidden_size,
+            "bits": 32 if setting is None else setting.bits,
+            "group_size": None if setting is None else setting.group_size,
+            "scale_dtype": "float16" if setting is not None and setting.bits == 4 else "float32",
+            "data_offset": data_offset,
+            "scale_offset": scale_offset if setting is not None else 0,
+        },
+    }
+
+
+def _write_table(job: Job) -> Stage:
+    """An embedding that is not the head's matrix, in a file of its own: codes, then scales."""
+    weights = WeightTable(job.quantizer, job.advance)
+    weights.linear("embedding.weight")
+    weights.add_table_scales("embedding.weight")
+    (weight,) = weights.weights.values()
+    codes = weight.sizes["embedding.weight"]
+    scales = weights.scales_of("embedding.weight")
+    starts = {"embedding.weight": 0, **({scales: aligned(codes)} if scales else {})}
+    written = dict.fromkeys(starts, 0)
+    with open(job.folder / EMBEDDING, "wb") as out:
+        for piece, data in weight.read():
+            if piece in starts:
+                out.seek(starts[piece] + written[piece])
+                out.write(data)
+                written[piece] += len(data)
+    return _table(job, EMBEDDING, 0, starts.get(scales or "", 0))
+
+
+def _vision(job: Job) -> dict[str, list[Stage]]:
+    """One method per image size, over the same weights."""
+    constants, weights = Constants(), WeightTable(job.quantizer, job.advance)
+    methods, stages = [], {}
+    for height, width in job.image_sizes:
+        program = trace.trace_vision(job.config, height, width)
+        method = Method(program.signature, constants)
+        low = Lowering(method, program, weights)
+        nodes = list(program.exported.graph.nodes)
+        (image,) = (n for n in nodes if n.op == "placeholder" and program.parameter(n.name) is None)
+        low.define(image, method.input((1, 3, height, width)))
+        walk(low)
+        (result,) = next(n for n in nodes if n.op == "output").args[0]
+        method.output(low.value(result))
+        methods.append(method)
+        stages[program.signature] = [
+            {
+                "kind": "graph",
+                "file": VISION,
+                "entry": method.name,
+                "inputs": {"image": "0"},
+                "outputs": {"image_embeddings": "0"},
+            }
+        ]
+    file.write(job.folder / VISION, file.Source(methods, [], constants, list(weights.weights.values())), job.resume)
+    return stages

@@ -1,0 +1,112 @@
+"""A bundle on the ExecuTorch runtime, driven by its manifest alone.
+
+States are torch tensors. Those that a method writes whole are passed on as they lie in the runtime's memory; the
+rows of the KV cache that a call hands out are written into the session's own buffers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.spec import ExportError
+from targets.base import Arrays
+from targets.contract import check_call
+from targets.table import Table
+from targets.to_executorch import runtime
+
+
+class ExecuTorchSession:
+    """Implements `targets.base.Session` for ExecuTorch with XNNPACK on the CPU."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        runtime.use_threads(threads)
+        self._programs: dict[str, Any] = {}
+        self._methods: dict[tuple[str, str], Any] = {}
+        self._tables: dict[str, Table] = {}
+        self._zeros = {s["name"]: torch.zeros(s["shape"], dtype=getattr(torch, s["dtype"])) for s in manifest["states"]}
+        self._states: dict[str, torch.Tensor] = {}
+        self.load_seconds = 0.0
+        self.reset()
+
+    def load(self, signatures: Iterable[str]) -> None:
+        for signature in signatures:
+            for stage in self._manifest["signatures"][signature]["stages"]:
+                if stage["kind"] == "graph":
+                    self._method(stage)
+
+    def _method(self, stage: Mapping[str, Any]) -> Any:
+        key = (stage["file"], stage["entry"])
+        if key not in self._methods:
+            begin = time.perf_counter()
+            if stage["file"] not in self._programs:
+                self._programs[stage["file"]] = runtime.load_program(self._folder / stage["file"], self._manifest)
+            self._methods[key] = runtime.load_method(self._programs[stage["file"]], *key)
+            self.load_seconds += time.perf_counter() - begin
+        return self._methods[key]
+
+    def run(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        entry = check_call(self._manifest, signature, inputs)
+        values: dict[str, Any] = {
+            name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()
+        }
+        start = int(inputs["start"][0]) if "start" in inputs else 0
+        valid = int(inputs["valid"][0]) if "valid" in inputs else 1
+        for stage in entry["stages"]:
+            if stage["kind"] == "table":
+                table = self._tables.setdefault(signature, Table(self._folder, stage))
+                ((source, _),) = stage["inputs"].items()
+                ((result, _),) = stage["outputs"].items()
+                values[result] = torch.from_numpy(table[_checked(inputs[source], table.rows)])
+            else:
+                self._run_graph(stage, values, start, valid)
+        return {tensor["name"]: values[tensor["name"]].numpy().copy() for tensor in entry["outputs"]}
+
+    def _run_graph(self, stage: Mapping[str, Any], values: dict[str, Any], start: int, valid: int) -> None:
+        states = stage.get("states", {})
+        arguments: dict[int, torch.Tensor] = {int(place): values[name] for name, place in stage["inputs"].items()}
+        arguments |= {int(binding["input"]): self._states[name] for name, binding in states.items()}
+        method = self._method(stage)
+        results = runtime.call(method, [arguments[place] for place in range(len(arguments))], stage["entry"])
+        for name, place in stage["outputs"].items():
+            values[name] = results[int(place)]
+        for name, binding in states.items():
+            new = results[int(binding["output"])]
+            if binding.get("update") == "rows":
+                axis = binding["axis"]
+                self._states[name].narrow(axis, start, valid).copy_(new.narrow(axis, 0, valid))
+            else:
+                self._states[name] = new
+
+    def reset(self) -> None:
+        # Fresh buffers: the present ones may lie in the runtime's memory, or be written by a later call.
+        self.restore(self._zeros)
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self._states.items()}
+
+    def restore(self, snapshot: Mapping[str, torch.Tensor]) -> None:
+        self._states = {name: tensor.clone() for name, tensor in snapshot.items()}
+
+    def states(self) -> Arrays:
+        return {name: tensor.numpy() for name, tensor in self._states.items()}
+
+    def close(self) -> None:
+        self._states = {}
+        self._methods.clear()
+        self._programs.clear()
+
+
+def _checked(ids: NDArray[Any], rows: int) -> NDArray[Any]:
+    """Token ids that have a row: numpy would take negative ones from the end."""
+    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= rows):
+        raise ExportError(f"token id {int(ids.min()) if ids.min() < 0 else int(ids.max())} has no row; ids are 0 to {rows - 1}")
+    return ids
