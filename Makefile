@@ -37,7 +37,7 @@ $(SETUP): pyproject.toml
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")' && \
 	$$python -m venv .venv
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[onnx,optimum,dev]'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[onnx,executorch,optimum,dev]'
 	@touch $(SETUP)
 
 clean:

@@ -30,14 +30,12 @@ def _repeat(m: Method, x: Tensor, times: int, axis: int) -> Tensor:
 def step(
     m: Method, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, ones: Filter
 ) -> tuple[Tensor, Tensor]:
-    """One token: q, k [1, Hk, Dk], v [1, Hv, Dv], g, beta [1, Hv], state [Hv, Dk, Dv]; `ones` [1, Dk].
+    """One token: q, k [Hk, 1, Dk], v [Hv, 1, Dv], g, beta [1, Hv], state [Hv, Dk, Dv]; `ones` [1, Dk].
 
     With a = exp(g), kS = kᵀS and qS = qᵀS: d = beta (v - a kS), o = a qS + (q·k) d, S' = a S + k dᵀ.
     """
-    heads, width = v.shape[1], k.shape[2]
-    repeats = heads // k.shape[1]
-    q, k = (nodes.reshape(m, _repeat(m, x, repeats, 1), (heads, 1, width)) for x in (q, k))
-    v = nodes.reshape(m, v, (heads, 1, v.shape[2]))
+    heads, width = v.shape[0], k.shape[2]
+    q, k = (_repeat(m, x, heads // x.shape[0], 0) for x in (q, k))
     decay = nodes.reshape(m, nodes.unary(m, "Exp", g), (heads, 1, 1))
     beta = nodes.reshape(m, beta, (heads, 1, 1))
     both = nodes.multiply(m, nodes.matmul(m, nodes.concat(m, [k, q], 1), state), decay)
@@ -47,7 +45,7 @@ def step(
     output = nodes.add(m, read, nodes.multiply(m, write, overlap))
     outer = nodes.multiply(m, nodes.reshape(m, k, (heads, width, 1)), write)
     new = nodes.add(m, nodes.multiply(m, state, decay), outer)
-    return nodes.reshape(m, output, (1, heads, v.shape[2])), new
+    return output, new
 
 
 def chunked(

@@ -157,7 +157,7 @@ def _concat(m: Method, parts: Sequence[Tensor], axis: int) -> Tensor:
 
 
 def depthwise(m: Method, x: Tensor, weight: Filter) -> Tensor:
-    """x [R, Ch] convolved along its rows with weight [1, K, 1, Ch]: [R-K+1, Ch]."""
+    """x [R, Ch] convolved along its rows with weight [1, K, 1, Ch]: [1, R-K+1, 1, Ch]."""
     (rows, channels), width = x.shape, weight.shape[1]
     series = reshape(m, x, (1, rows, 1, channels))
     source = m.read(series)
@@ -171,6 +171,6 @@ def depthwise(m: Method, x: Tensor, weight: Filter) -> Tensor:
         input1_id=source, filter_id=delegate.filter(weight), bias_id=INVALID, output_id=m.read(result), flags=0,
     )  # fmt: skip
     delegate.add(node)
-    return reshape(m, result, (rows - width + 1, channels))
+    return result
 
 

@@ -181,7 +181,7 @@ def _gelu(low: Lowering, node: Node) -> None:
 
 def _split(low: Lowering, node: Node) -> None:
     source, sizes = operands(node)[0], list(operands(node)[1])
-    x, first = low.value(source), 0
+    x, first = low.values[source], 0  # whatever its other axes are
     for index, size in enumerate(sizes):
         low.results[node, index] = nodes.cut(low.method, x, -1, first, size)
         first += size
@@ -189,21 +189,34 @@ def _split(low: Lowering, node: Node) -> None:
 
 def _linear(low: Lowering, node: Node) -> None:
     source, weight = operands(node)[:2]
-    bias = operands(node)[2] if len(operands(node)) > 2 else None
+    bias = operands(node)[2] if len(operands(node)) > 2 else _bias_of_gates(node)
     filters = low.weights.linear(low.name(weight)), low.weights.bias(low.name(bias)) if bias else None
     low.define(node, nodes.linear(low.method, low.value(source), *filters))
 
 
-def _mean_square(low: Lowering, x: Tensor, width: int, eps: float) -> Tensor:
-    """1 / sqrt(mean of squares + eps) over the last axis, which keeps extent 1."""
-    m = low.method
-    mean = nodes.linear(m, nodes.unary(m, "Square", x), low.weights.row(width, 1 / width), low.weights.number(eps))
-    return nodes.unary(m, "ReciprocalSquareRoot", mean)
+def _bias_of_gates(node: Node) -> Node | None:
+    """What `delta_gates`, the only reader of a projection, would add to it first: the projection's bias does it."""
+    users = list(node.users)
+    fits = len(users) == 1 and str(users[0].target) == "mobile.delta_gates.default" and users[0].args[0] is node
+    bias = users[0].args[3] if fits else None
+    return bias if isinstance(bias, Node) else None
+
+
+def by_head(tokens: int, heads: int, width: int) -> Shape:
+    """[C, H, D], or for one token [H, 1, D]: the form that products over heads want."""
+    return (heads, 1, width) if tokens == 1 else (tokens, heads, width)
+
+
+def _inverse_root(low: Lowering, x: Tensor, factor: float, eps: float) -> Tensor:
+    """1 / sqrt(factor · sum of squares + eps) over the last axis, which keeps extent 1."""
+    m, weights = low.method, low.weights
+    total = nodes.linear(m, nodes.unary(m, "Square", x), weights.row(x.shape[-1], factor), weights.number(eps))
+    return nodes.unary(m, "ReciprocalSquareRoot", total)
 
 
 def _rms(low: Lowering, x: Tensor, weight: Node, eps: float) -> Tensor:
     m = low.method
-    return nodes.multiply(m, nodes.multiply(m, x, _mean_square(low, x, x.shape[-1], eps)), low.kept(weight))
+    return nodes.multiply(m, nodes.multiply(m, x, _inverse_root(low, x, 1 / x.shape[-1], eps)), low.kept(weight))
 
 
 def _rms_norm(low: Lowering, node: Node) -> None:
@@ -213,18 +226,17 @@ def _rms_norm(low: Lowering, node: Node) -> None:
 
 def _gated_rms_norm(low: Lowering, node: Node) -> None:
     x, weight, gate, eps = operands(node)
-    normed = _rms(low, low.value(x), weight, eps)
+    normed = _rms(low, low.value(x, by_head(*shape_of(x))), weight, eps)
     flat = low.values[gate].shape  # the gate comes flat from its projection, and the result is wanted flat
     low.define(node, nodes.multiply(low.method, low.view(normed, flat), nodes.silu(low.method, low.values[gate])))
 
 
 def _l2_norm(low: Lowering, node: Node) -> None:
-    """sum + eps = width (mean + eps / width), as in `_mean_square`; the factor is folded into `scale`."""
+    """scale / sqrt(sum + eps) is 1 / sqrt(sum / scale² + eps / scale²)."""
     source, eps, factor = operands(node)
-    m, x = low.method, low.value(source)
-    width = x.shape[-1]
-    inverse = nodes.scale(m, _mean_square(low, x, width, eps / width), factor * width**-0.5)
-    low.define(node, nodes.multiply(m, x, inverse))
+    tokens, heads, width = shape_of(node)
+    x = low.value(source, by_head(tokens, heads, width))
+    low.define(node, nodes.multiply(low.method, x, _inverse_root(low, x, factor**-2, eps * factor**-2)))
 
 
 def _rotary_table(low: Lowering, node: Node) -> None:
@@ -312,10 +324,10 @@ def _picks(low: Lowering, index: Tensor, place: Tensor) -> Tensor:
 
 
 def _delta_gates(low: Lowering, node: Node) -> None:
-    """softplus(x) = max(x, 0) - log(sigmoid(|x|)), which overflows nowhere."""
-    a, b, decay_scale, dt_bias, valid = operands(node)
+    """softplus(x) = max(x, 0) - log(sigmoid(|x|)), which overflows nowhere; x = a + dt_bias is there already."""
+    a, b, decay_scale, _, valid = operands(node)
     m = low.method
-    x = nodes.add(m, low.value(a), low.kept(dt_bias))
+    x = low.value(a)
     log = nodes.unary(m, "Log", nodes.unary(m, "Sigmoid", nodes.unary(m, "Abs", x)))
     softplus = nodes.subtract(m, nodes.clamp(m, x, 0.0, np.inf), log)
     gates = [nodes.multiply(m, softplus, low.kept(decay_scale)), nodes.unary(m, "Sigmoid", low.value(b))]
@@ -326,9 +338,10 @@ def _delta_gates(low: Lowering, node: Node) -> None:
 
 
 def _gated_delta(low: Lowering, node: Node) -> None:
-    *inputs, state = operands(node)
-    tensors = (*(low.value(x) for x in inputs), low.values[state])
-    tokens, _, width = shape_of(inputs[0])
+    q, k, v, g, beta, state = operands(node)
+    tokens, _, width = shape_of(q)
+    tensors = [low.value(x, by_head(*shape_of(x))) for x in (q, k, v)]
+    tensors += [low.value(g), low.value(beta), low.values[state]]
     if "step" in str(node.target):
         result = delta_rule.step(low.method, *tensors, low.weights.row(width, 1.0))
     else:
@@ -390,7 +403,7 @@ def _layer_norm(low: Lowering, node: Node) -> None:
     m, rows = low.method, low.value(x)
     width = rows.shape[-1]
     centred = nodes.subtract(m, rows, nodes.linear(m, rows, low.weights.row(width, 1 / width)))
-    normed = nodes.multiply(m, centred, _mean_square(low, centred, width, eps))
+    normed = nodes.multiply(m, centred, _inverse_root(low, centred, 1 / width, eps))
     low.define(node, nodes.add(m, nodes.multiply(m, normed, low.kept(weight)), low.kept(bias)))
 
 

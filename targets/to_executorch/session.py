@@ -62,13 +62,18 @@ class ExecuTorchSession:
         valid = int(inputs["valid"][0]) if "valid" in inputs else 1
         for stage in entry["stages"]:
             if stage["kind"] == "table":
-                table = self._tables.setdefault(signature, Table(self._folder, stage))
+                table = self._table(signature, stage)
                 ((source, _),) = stage["inputs"].items()
                 ((result, _),) = stage["outputs"].items()
                 values[result] = torch.from_numpy(table[_checked(inputs[source], table.rows)])
             else:
                 self._run_graph(stage, values, start, valid)
         return {tensor["name"]: values[tensor["name"]].numpy().copy() for tensor in entry["outputs"]}
+
+    def _table(self, signature: str, stage: Mapping[str, Any]) -> Table:
+        if signature not in self._tables:
+            self._tables[signature] = Table(self._folder, stage)
+        return self._tables[signature]
 
     def _run_graph(self, stage: Mapping[str, Any], values: dict[str, Any], start: int, valid: int) -> None:
         states = stage.get("states", {})
