@@ -140,7 +140,7 @@ def state_errors(config: ModelConfig, truth: Arrays, states: Arrays, tokens: int
 
 
 def canonical(config: ModelConfig, states: Mapping[str, NDArray[Any]]) -> Arrays:
-    """A bundle's states in the shapes of `export.model.state`: no batch, conv as [Ch, K-1]."""
+    """A bundle's states in the shapes of `export.model.state`: no batch, conv [Ch, K-1], caches [Hkv, L, Dh]."""
     shapes = {s.name: s for s in state.layout(config.text, 1)}
     result: Arrays = {}
     for name, array in states.items():
@@ -148,6 +148,8 @@ def canonical(config: ModelConfig, states: Mapping[str, NDArray[Any]]) -> Arrays
         plain = array.reshape(array.shape[-len(wanted.shape) :])
         if wanted.kind == "conv" and plain.shape != wanted.shape:
             plain = plain.T
+        if wanted.kind in ("key", "value") and plain.shape[0] != wanted.shape[0]:
+            plain = plain.swapaxes(0, 1)
         result[name] = plain
     return result
 

@@ -5,6 +5,7 @@ All numbers are wall-clock on the host that ran the command; they say nothing of
 
 from __future__ import annotations
 
+import math
 import mmap
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from export.chat.conversation import chunks
 from export.checkpoint.base import Checkpoint
 from export.model.config import FULL, ModelConfig
+from export.model.state import cache_rows
 from export.validate.reference import _on_meta, hf_config
 
 BUFFER_BYTES = 2**30
@@ -134,11 +136,11 @@ def measure_bursts(work: Workload, bandwidth: Bandwidth, count: int) -> list[dic
 
 def cache_row_bytes(manifest: dict[str, Any]) -> int:
     """Bytes that one token of context adds to the KV cache, all layers together."""
+    rows = cache_rows(manifest["context_length"], tuple(manifest["prefill_lengths"]))
     total = 0
     for state in manifest["states"]:
         if state["kind"] in ("key", "value"):
-            *_, heads, _, width = state["shape"]
-            total += heads * width * np.dtype(state["dtype"]).itemsize
+            total += math.prod(state["shape"]) // rows * np.dtype(state["dtype"]).itemsize
     return total
 
 

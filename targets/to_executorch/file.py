@@ -1,9 +1,9 @@
 """Writing a .pte: the runtime's own serialiser lays it out, weights are streamed into their places.
 
 Layout and bytes of everything but weights come from `serialize_pte_binary`, which is given stand-ins of the
-right size. The weight cache of mobile builds looks packed weights up by key alone, across files, so keys are
-hashes of contents: the file is laid out with stand-in keys of the same length, the weights are streamed and
-hashed, and the rest is written with the true keys. A journal beside the file serves `--resume`.
+right size. The weight cache of mobile builds looks packed weights up by key alone, across files, so keys end
+with a hash of the contents: the file is laid out with stand-in keys of the same length, the weights are
+streamed and hashed, and the rest is written with the true keys. A journal beside the file serves `--resume`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Source:
 def write(path: Path, source: Source, resume: bool = False) -> dict[str, int]:
     """Write the file; returns the offset of every piece of every weight."""
     pieces = [(weight, piece) for weight in source.weights for piece in weight.sizes]
-    keys = {piece: f"{number:064x}" for number, (_, piece) in enumerate(pieces)}
+    keys = {piece: f"{piece}#{number:064x}" for number, (_, piece) in enumerate(pieces)}
     _, places, size = _lay_out(source, keys)
     journal = path.with_suffix(".journal")
     done = _read_journal(journal) if resume and path.exists() and path.stat().st_size == size else {}
@@ -74,14 +74,13 @@ def write(path: Path, source: Source, resume: bool = False) -> dict[str, int]:
                 log.write(json.dumps({"name": weight.name, "hash": done[weight.name]}) + "\n")
                 log.flush()
         for weight, piece in pieces:
-            keys[piece] = hashlib.sha256(f"{done[weight.name]} {piece}".encode()).hexdigest()
+            keys[piece] = f"{piece}#{done[weight.name]}"
         cord, again, _ = _lay_out(source, keys)
         if again != places:
             raise RuntimeError(f"{path.name}: the layout depends on the keys of weights")
         file.seek(0)
         for part in cord._buffers:
             file.seek(len(part), 1) if isinstance(part, _StandIn) else file.write(part)
-    journal.unlink()
     return places
 
 
@@ -123,7 +122,7 @@ def _lay_out(source: Source, keys: Mapping[str, str]) -> tuple[Cord, dict[str, i
 def _stream(file: Any, weight: Weight, places: Mapping[str, int]) -> str:
     """Write all pieces of a weight; returns the hash of its contents."""
     written = dict.fromkeys(weight.sizes, 0)
-    hashes = {piece: hashlib.sha256(piece.encode()) for piece in weight.sizes}
+    hashes = {piece: hashlib.sha256() for piece in weight.sizes}
     for piece, data in weight.read():
         file.seek(places[piece] + written[piece])
         file.write(data)

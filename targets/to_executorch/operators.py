@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.fx import Node
 
 from export.model.config import VisionConfig
@@ -77,11 +76,10 @@ class Lowering:
     def constant(self, array: Any) -> Tensor:
         return self.method.constant(np.ascontiguousarray(array, np.float32))
 
-    def kept(self, node: Node, shape: Shape | None = None) -> Tensor:
+    def kept(self, node: Node) -> Tensor:
         """A parameter that is read by elementwise nodes: a constant of the program."""
         name = self.name(node)
-        array = self.weights.kept(name)
-        return self.method.constant(array.reshape(shape) if shape else array)
+        return self.method.constant(self.weights.kept(name), name)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """Something all layers of the method share."""
@@ -432,9 +430,9 @@ def _patchify(low: Lowering, node: Node) -> None:
 def _resample_positions(low: Lowering, node: Node) -> None:
     """Depends on a weight only: computed here, once per image size."""
     table, rows, columns, merge = operands(node)
-    learned = torch.from_numpy(low.weights.kept(low.name(table)))
-    positions: NDArray[Any] = resample_positions(learned, rows, columns, merge).numpy()
-    low.define(node, low.constant(positions))
+    name, side = low.name(table), low.vision.patch_size
+    positions = resample_positions(torch.from_numpy(low.weights.kept(name)), rows, columns, merge).numpy()
+    low.define(node, low.method.constant(positions, f"{name}@{rows * side}x{columns * side}"))
 
 
 EMITTERS: dict[str, Emitter] = {

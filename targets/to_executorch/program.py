@@ -68,6 +68,7 @@ class Method:
         self._values: list[Any] = []
         self._tensors: list[Tensor | None] = []
         self._constant_at: dict[Slot, int] = {}
+        self._names: dict[Slot, str] = {}
         self._cached: dict[Any, Tensor] = {}
         self._inputs: list[Slot] = []
         self._outputs: list[Slot] = []
@@ -84,12 +85,15 @@ class Method:
         self._inputs.append(self.slot(tensor))
         return tensor
 
-    def constant(self, array: NDArray[Any]) -> Tensor:
-        """A tensor that the program holds."""
-        key = (array.shape, str(array.dtype), array.tobytes())
+    def constant(self, array: NDArray[Any], name: str | None = None) -> Tensor:
+        """A tensor that the program holds; `name` says which parameter of the model it is."""
+        key = (name, array.shape, str(array.dtype), array.tobytes())
         if key not in self._cached:
             tensor = Tensor(array.shape, str(array.dtype))
-            self._constant_at[self.slot(tensor)] = self._constants.place(array)
+            slot = self.slot(tensor)
+            self._constant_at[slot] = self._constants.place(array)
+            if name:
+                self._names[slot] = name
             self._cached[key] = tensor
         return self._cached[key]
 
@@ -221,7 +225,7 @@ class Method:
         tensor = self._tensors[slot]
         if tensor is None:
             return self._values[slot]
-        where = None
+        where, name = None, self._names.get(slot)
         if slot in self._state_at:
             where = _allocation(STATES, self._state_at[slot])
         elif slot in places:
@@ -236,6 +240,7 @@ class Method:
             data_buffer_idx=self._constant_at.get(slot, 0),
             allocation_info=where,
             shape_dynamism=schema.TensorShapeDynamism.STATIC,
+            extra_tensor_info=schema.ExtraTensorInfo(fully_qualified_name=name) if name else None,
         )
 
 
