@@ -24,6 +24,8 @@ PIXELS_PER_TOKEN = 32
 MAX_CONTEXT = 262144
 """max_position_embeddings of every published config."""
 RUNGS = ("L0", "L1", "L2", "L3")
+COMPARISON = "comparison.html"
+"""The page of `validate --report` without a name."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +35,11 @@ class _Parser(argparse.ArgumentParser):
         prefix = "unrecognized arguments: "
         if message.startswith(prefix):
             word = message.removeprefix(prefix).split()[0].split("=")[0]
-            message = f"unknown option {word}{_close(word, self._option_string_actions)}"
+            place = next((a.metavar for a in self._actions if not a.option_strings), None)
+            if place and not word.startswith("-"):
+                message = f"unexpected {word}: {self.prog} takes {place} first, then the options"
+            else:
+                message = f"unknown option {word}{_close(word, self._option_string_actions)}"
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
@@ -48,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m export",
         allow_abbrev=False,
         description="Turn a Qwen3.5 checkpoint into a validated bundle for a phone runtime.",
-        epilog="Other commands: validate BUNDLE, run BUNDLE, bench BUNDLE; each has its own --help. "
+        epilog="Other commands: validate BUNDLE…, run BUNDLE, bench BUNDLE; each has its own --help. "
         "Exit codes: 0 passed, 1 failed, 2 bad usage, 3 a gate failed, 130 interrupted.",
     )
     add_export_options(parser)
@@ -71,6 +77,8 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     add("--image-sizes", metavar="HxW,…", help="picture sizes, height x width (default 448x448; tiny 64x64,…)")
     add("--no-vision", action="store_true", help="leave the vision encoder out")
     add("--num-layers", type=int, metavar="N", help="only the first N decoder layers, for experiments")
+    add("--max-file-layers", type=int, metavar="N", help="cut the decoder into files of at most N layers")
+    add("--max-file-size", metavar="SIZE", help="… of at most so many bytes of weights: 900M, 1.5G or a number")
     add("-o", "--output-dir", type=Path, metavar="DIR", help="the bundle folder itself (default: its name)")
     add("--overwrite", action="store_true", help="replace an existing bundle once the new one is complete")
     add("--resume", action="store_true", help="continue an interrupted export of the same options")
@@ -81,9 +89,13 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="print what would be built, sizes and memory, and stop")
 
 
-def _bundle_parser(command: str, description: str) -> argparse.ArgumentParser:
+def _bundle_parser(command: str, description: str, several: bool = False) -> argparse.ArgumentParser:
     parser = _Parser(prog=f"python -m export {command}", description=description, allow_abbrev=False)
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by an export")
+    if several:
+        text = "folder written by an export; several of one checkpoint are shown side by side"
+        parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help=text)
+    else:
+        parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder written by an export")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="threads of the runtime (default 2)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -96,12 +108,29 @@ def _verify_option(parser: argparse.ArgumentParser) -> None:
 
 def validate_parser() -> argparse.ArgumentParser:
     """Options of `validate`."""
-    parser = _bundle_parser("validate", "Climb the ladder of checks on a finished bundle; 3 when a gate fails.")
+    text = "Climb the ladder of checks on finished bundles; 3 when a gate fails."
+    parser = _bundle_parser("validate", text, several=True)
     parser.add_argument("--checkpoint", metavar="C", help="the checkpoint it came from, if not found by itself")
     parser.add_argument("--rung", action="append", choices=RUNGS, help="only this rung; may be repeated")
     parser.add_argument("--update", action="store_true", help="write the new reports into the bundle")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the results as JSON to this file")
+    parser.add_argument(
+        "--report",
+        type=_report_file,
+        nargs="?",
+        const=Path(COMPARISON),
+        metavar="FILE",
+        help=f"write a page that shows the bundles side by side (default {COMPARISON}), or JSON if not named .html",
+    )
     return parser
+
+
+def _report_file(text: str) -> Path:
+    """A bundle right after --report would be taken for its file: refuse folders at once."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text} is a folder; give a file such as {COMPARISON}, and bundles before the options"
+        )
+    return Path(text)
 
 
 def run_parser() -> argparse.ArgumentParser:
@@ -166,6 +195,7 @@ _RULES: tuple[tuple[str, str, float, float], ...] = (
     ("steps", "--steps", 1, MAX_CONTEXT),
     ("context_length", "--context-length", 2, MAX_CONTEXT),
     ("num_layers", "--num-layers", 1, 1024),
+    ("max_file_layers", "--max-file-layers", 1, 1024),
 )
 
 
@@ -181,6 +211,11 @@ def check_bundle_options(options: argparse.Namespace) -> None:
             raise UsageError(f"{option} {value}: must be {low:g} to {high:g}")
     if getattr(options, "update", False) and options.rung:
         raise UsageError("--update writes the verdict of the whole ladder: leave out --rung, or --update")
+    if getattr(options, "update", False) and len(options.bundles) > 1:
+        raise UsageError(
+            f"--update writes into one bundle, {len(options.bundles)} are given: validate them one by one, "
+            "or leave out --update"
+        )
     if getattr(options, "temperature", None) == 0:
         for option, given in (("--top-k", options.top_k), ("--top-p", options.top_p < 1), ("--seed", options.seed)):
             if given:
@@ -220,12 +255,25 @@ def spec_from(options: argparse.Namespace) -> ExportSpec:
         image_sizes=_image_sizes(options),
         vision=not options.no_vision,
         num_layers=options.num_layers,
+        max_file_layers=options.max_file_layers,
+        max_file_bytes=_file_size(options.max_file_size),
         overwrite=options.overwrite,
         resume=options.resume,
         skip_validation=options.skip_validation,
         threads=options.threads,
     )
     return spec.at(_output(options.output_dir, spec.name))
+
+
+def _file_size(text: str | None) -> int | None:
+    """Bytes of "900M", "1.5G" or "1000000"; powers of ten, as disks count."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B?", text, re.IGNORECASE)
+    size = int(float(found[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[found[2].upper()]) if found else 0
+    if size < 1:
+        raise UsageError(f"--max-file-size {text}: give a size such as 900M, 1.5G or a number of bytes")
+    return size
 
 
 def _choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:

@@ -84,6 +84,8 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
                     spec.prefill_lengths,
                     sizes,
                     writer.path,
+                    spec.max_file_layers,
+                    spec.max_file_bytes,
                     tuple(stop_ids(checkpoint, config)),
                     writer.resumed,
                     bar.advance,
@@ -125,6 +127,10 @@ def check_request(spec: ExportSpec, target: Target, weights: Weights, recipe: Re
             raise UsageError(
                 f"{target.name} has no zero points at 4 bits; recipe {recipe.name} needs them: choose another"
             )
+    limits = (("--max-file-layers", spec.max_file_layers), ("--max-file-size", spec.max_file_bytes))
+    for option, limit in limits:
+        if limit is not None and not able.several_files:
+            raise UsageError(f"{option} {limit}: {target.name} keeps its decoder in one file; leave the option out")
     recipe.check(
         (p.name.removesuffix(".weight"), p.role, p.shape[1])
         for p in weights.parameters.values()

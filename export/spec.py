@@ -45,6 +45,9 @@ class ExportSpec:
     """Height × width in pixels."""
     vision: bool = True
     num_layers: int | None = None
+    max_file_layers: int | None = None
+    max_file_bytes: int | None = None
+    """Limits of one decoder file: layers, and bytes of weights."""
     output: Path = Path("bundle")
     overwrite: bool = False
     resume: bool = False

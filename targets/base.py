@@ -28,6 +28,8 @@ class Capabilities:
     """Groups along the input features at 4 bits; 8 bits are per output channel everywhere."""
     asymmetric: bool
     """Zero points at 4 bits. Without them an asymmetric recipe is refused."""
+    several_files: bool
+    """The decoder can be cut at layer boundaries. Without it, limits of a file are refused."""
     activations: Mapping[int, str]
     """Weight width -> dtype in which the runtime multiplies activations with such weights."""
 
@@ -42,6 +44,10 @@ class Job:
     prefill_lengths: tuple[int, ...]
     image_sizes: tuple[tuple[int, int], ...]
     folder: Path
+    max_file_layers: int | None = None
+    """Decoder layers a file may hold; None: any number."""
+    max_file_bytes: int | None = None
+    """Bytes of weights a file may hold; None: any number. One layer, or the head, is never cut."""
     stop_token_ids: tuple[int, ...] = ()
     """For runtimes with a config of their own that names them."""
     resume: bool = False

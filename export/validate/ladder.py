@@ -219,6 +219,14 @@ def shallow(config: ModelConfig, parameters_limit: int = 150_000_000) -> ModelCo
     return config.truncated(min(first_full, text.num_hidden_layers))
 
 
+def file_layers(manifest: Mapping[str, Any]) -> int | None:
+    """Decoder layers a file of the bundle holds at most, where it has several files."""
+    stages = manifest["signatures"]["decode"]["stages"]
+    layers = {state["name"]: state["layer"] for state in manifest["states"]}
+    counts = [len({layers[name] for name in stage.get("states", {})}) for stage in stages]
+    return max(1, *counts) if len(counts) > 1 else None
+
+
 def l1(case: Case) -> Rung:
     """The lowered program without quantisation on its runtime against our modules."""
     config = shallow(case.config)
@@ -232,7 +240,9 @@ def l1(case: Case) -> Rung:
     with tempfile.TemporaryDirectory(prefix="l1-", dir=place) as scratch:
         folder = Path(scratch)
         lowered = case.target.lower(
-            Job(config, quantizer, context, case.prefill_lengths, case.image_sizes, folder)
+            Job(
+                config, quantizer, context, case.prefill_lengths, case.image_sizes, folder, file_layers(case.manifest)
+            )
         )
         manifest = {
             **case.manifest,

@@ -60,9 +60,9 @@ class Source:
 
 def write(path: Path, source: Source, resume: bool = False) -> dict[str, int]:
     """Write the file; returns the offset of every piece of every weight."""
-    pieces = [(weight, piece) for weight in source.weights for piece in weight.sizes]
-    keys = {piece: f"{piece}#{number:064x}" for number, (_, piece) in enumerate(pieces)}
-    _, places, size = _lay_out(source, keys)
+    blank = {piece: f"{piece}#{0:064x}" for weight in source.weights for piece in weight.sizes}
+    blobs = [d.serialize(blank) for method in source.methods for d in method.delegates()]
+    _, places, size = _lay_out(source, blobs, blank)
     journal = path.with_suffix(".journal")
     done = _read_journal(journal) if resume and path.exists() and path.stat().st_size == size else {}
     with open(path, "r+b" if done else "wb") as file, open(journal, "a" if done else "w") as log:
@@ -73,9 +73,8 @@ def write(path: Path, source: Source, resume: bool = False) -> dict[str, int]:
                 file.flush()
                 log.write(json.dumps({"name": weight.name, "hash": done[weight.name]}) + "\n")
                 log.flush()
-        for weight, piece in pieces:
-            keys[piece] = f"{piece}#{done[weight.name]}"
-        cord, again, _ = _lay_out(source, keys)
+        keys = {piece: f"{piece}#{done[weight.name]}" for weight in source.weights for piece in weight.sizes}
+        cord, again, _ = _lay_out(source, [_with_keys(blob, blank, keys) for blob in blobs], keys)
         if again != places:
             raise RuntimeError(f"{path.name}: the layout depends on the keys of weights")
         file.seek(0)
@@ -84,12 +83,21 @@ def write(path: Path, source: Source, resume: bool = False) -> dict[str, int]:
     return places
 
 
-def _lay_out(source: Source, keys: Mapping[str, str]) -> tuple[Cord, dict[str, int], int]:
+def _with_keys(blob: bytes, blank: Mapping[str, str], keys: Mapping[str, str]) -> bytes:
+    """A delegate with other keys of the same length, wherever it names one; a key is followed by a zero byte."""
+    for piece, old in blank.items():
+        blob = blob.replace(b"\0" + old.encode() + b"\0", b"\0" + keys[piece].encode() + b"\0")
+    return blob
+
+
+def _lay_out(
+    source: Source, blobs: Sequence[bytes], keys: Mapping[str, str]
+) -> tuple[Cord, dict[str, int], int]:
     """The file with stand-ins for its weights, the offset of each piece, and the size of the whole."""
-    plans, blobs = [], []
+    plans, first = [], 0
     for method in source.methods:
-        plans.append(method.plan(len(blobs)))
-        blobs += [delegate.serialize(keys) for delegate in method.delegates()]
+        plans.append(method.plan(first))
+        first += len(method.delegates())
     program = schema.Program(
         version=_FORMAT,
         execution_plan=[*plans, *source.values],

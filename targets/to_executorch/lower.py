@@ -6,6 +6,7 @@ table that the host reads: over the head's own bytes where they are tied, else a
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from export.model.state import State, cache_rows
 from targets.base import Job, Lowered
 from targets.contract import DTYPES, signatures
 from targets.to_executorch import file
-from targets.to_executorch.operators import Lowering, walk
+from targets.to_executorch.operators import Lowering, shape_of, walk
 from targets.to_executorch.pack import WeightTable
 from targets.to_executorch.program import Constants, Method, aligned, value_method
 
@@ -75,8 +76,37 @@ def lower(job: Job) -> Lowered:
 
 
 def layer_ranges(job: Job) -> list[range]:
-    """Consecutive layers that share a file, as `stage_layers` and `stage_bytes` of the job allow."""
-    return [range(job.config.text.num_hidden_layers)]
+    """Consecutive layers that share a file, as far as the job's limits allow; the last file also has the head.
+
+    A head that does not fit beside any layer gets a file of its own: an empty range.
+    """
+    count = job.config.text.num_hidden_layers
+    most_layers, most_bytes = job.max_file_layers or count, job.max_file_bytes or 2**63
+    sizes = [stored_bytes(job, f"decoder.layers.{layer}.") for layer in range(count)]
+    ranges, first = [], 0
+    for layer in range(1, count):
+        if layer - first == most_layers or sum(sizes[first : layer + 1]) > most_bytes:
+            ranges.append(range(first, layer))
+            first = layer
+    ranges.append(range(first, count))
+    if sum(sizes[first:]) + stored_bytes(job, HEAD) > most_bytes:
+        ranges.append(range(count, count))
+    return ranges
+
+
+def stored_bytes(job: Job, prefix: str) -> int:
+    """Bytes of the parameters whose names begin so, as the files hold them."""
+    total = 0
+    for name, parameter in job.quantizer.weights.parameters.items():
+        if name.startswith(prefix):
+            setting = job.quantizer.setting(name)
+            elements = math.prod(parameter.shape)
+            if setting is None:
+                total += 4 * elements
+            else:
+                scales = 2 * elements // setting.group_size if setting.group_size else 4 * parameter.shape[0]
+                total += elements * setting.bits // 8 + scales
+    return total
 
 
 class _Part:
@@ -103,7 +133,9 @@ class _Part:
         names = [f"hidden_{self._number}" if n == "embeddings" and self._number else n for n in program.inputs]
         inputs = {}
         for place, (node, tensor) in enumerate(zip(free, names, strict=False)):
-            shape = tuple(int(extent) for extent in node.meta["val"].shape)
+            shape = shape_of(node)
+            if tensor.startswith("hidden"):
+                shape = shape[1:]  # rows as the file before hands them on
             low.define(node, method.input(shape, DTYPES.get(tensor, "float32")))
             inputs[tensor] = str(place)
         for node, state in zip(free[len(names) :], program.states, strict=True):

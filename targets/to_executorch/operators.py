@@ -469,14 +469,25 @@ EMITTERS: dict[str, Emitter] = {
 }
 
 
+def _wanted(program: Program) -> set[Node]:
+    """Nodes that a result depends on: layers without attention leave the rotary tables unread."""
+    nodes_in_order = list(program.exported.graph.nodes)
+    wanted = {nodes_in_order[-1]}
+    for node in reversed(nodes_in_order):
+        if node in wanted:
+            wanted.update(node.all_input_nodes)
+    return wanted
+
+
 def walk(low: Lowering) -> None:
     """Emit every node of the program whose placeholders already have values.
 
     Raises:
         ValueError: an operator outside the table.
     """
+    wanted = _wanted(low.program)
     for node in low.program.exported.graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or node not in wanted:
             continue
         name = "getitem" if node.target is operator.getitem else str(node.target)
         if name not in EMITTERS:

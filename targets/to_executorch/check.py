@@ -1,0 +1,262 @@
+"""Every method of a fresh .pte runs once in a child process, so that a crash of the runtime is an error here.
+
+If one dies, its delegates are written out as files of their own and run one after the other, to name the one at
+fault. Child: `python -m targets.to_executorch.check FILE METHOD…` with JSON lines on stdout, which say before
+each method what is about to run. It loads nothing but torch and the runtime, and one method at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from export.spec import ExportError
+
+if TYPE_CHECKING:
+    from targets.to_executorch.file import Source, Weight
+    from targets.to_executorch.program import Method
+    from targets.to_executorch.xnnpack import Delegate
+
+LIMIT_S = 600.0
+"""Time for one method, loading included: 512 tokens of 9B take two minutes on two slow cores."""
+_BLOCK = 1 << 24
+_LOG_LINES = 3
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """How a child ended. `method` is the one it had begun, None before the first."""
+
+    method: str | None
+    how: str
+    late: bool = False
+
+
+def check_methods(path: Path, source: Source, places: Mapping[str, int], limit_s: float = LIMIT_S) -> None:
+    """Run all methods of `source` from the finished file that it was written to.
+
+    Args:
+        places: what `file.write` returned. limit_s: seconds for each method.
+
+    Raises:
+        ExportError: a method crashed, was refused or did not come back; says which, and its delegate if it is
+            to blame.
+    """
+    names = [method.name for method in source.methods] + [plan.name for plan in source.values]
+    failure = _run(path, names, limit_s)
+    if failure is None:
+        return
+    if failure.method is None:
+        raise ExportError(
+            f"executorch: the runtime could not open {path.name}: {failure.how}; the Python package `executorch` "
+            f"{_version()} must load what was written for it, so reinstall it, or report this message"
+        )
+    what = f"executorch: method {failure.method} of {path.name}"
+    if failure.late:
+        raise ExportError(
+            f"{what} {failure.how}; free some cores and memory and repeat the export, or leave the method out "
+            "(--prefill-lengths, --image-sizes)"
+        )
+    remedy = (
+        "leave the method out (--prefill-lengths, --image-sizes) or use another release of the runtime "
+        f"(this is executorch {_version()}), and report this message"
+    )
+    method = next((method for method in source.methods if method.name == failure.method), None)
+    if method is None:
+        raise ExportError(f"{what} {failure.how}; {remedy}")
+    for delegate in method.delegates():
+        alone = _run_alone(path, source, places, delegate, limit_s)
+        if alone is not None:
+            kinds = sorted({type(node.xnode_union).__name__ for node in delegate.nodes})
+            raise ExportError(
+                f'{what} dies in its delegate "{delegate.name}" ({alone.how}), which fails alone too; '
+                f"its {len(delegate.nodes)} nodes are {', '.join(kinds)}; {remedy}"
+            )
+    kernels = ", ".join(dict.fromkeys(method.kernels())) or "none"
+    raise ExportError(
+        f"{what} {failure.how}; each of its {len(method.delegates())} delegates works alone, so look at what joins "
+        f"them (kernels: {kernels}); {remedy}"
+    )
+
+
+# -- delegates alone ------------------------------------------------------------------------------------
+def _run_alone(
+    path: Path, source: Source, places: Mapping[str, int], delegate: Delegate, limit_s: float
+) -> _Failure | None:
+    """Run one delegate as the only method of a file that is gone afterwards."""
+    from targets.to_executorch import file
+    from targets.to_executorch.program import Constants
+
+    pieces = {name for weight in delegate.filters() for name in (weight.codes, weight.scales) if name}
+    weights = [_copied(weight, path, places) for weight in source.weights if pieces & {*weight.sizes}]
+    # Beside the file, because weights may be larger than what a temporary folder elsewhere can hold.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as folder:
+        copied = Path(folder) / path.name
+        constants = Constants()
+        method = _method_of(delegate, constants)
+        file.write(copied, file.Source([method], [], constants, weights))
+        return _run(copied, [method.name], limit_s)
+
+
+def _copied(weight: Weight, path: Path, places: Mapping[str, int]) -> Weight:
+    """The same weight, read from the finished file."""
+    from targets.to_executorch.file import Weight
+
+    def read() -> Iterator[tuple[str, bytes]]:
+        with open(path, "rb") as finished:
+            for piece, size in weight.sizes.items():
+                finished.seek(places[piece])
+                for begin in range(0, size, _BLOCK):
+                    yield piece, finished.read(min(_BLOCK, size - begin))
+
+    return Weight(weight.name, weight.sizes, read)
+
+
+def _method_of(delegate: Delegate, constants: Any) -> Method:
+    """A method that does nothing but call the delegate: what it reads is passed by the caller."""
+    from targets.to_executorch.program import Method
+    from targets.to_executorch.xnnpack import Tensor
+
+    method = Method(delegate.name, constants)
+    own = copy.copy(delegate)
+    # Tensors know their place among the values of one method, so this method needs tensors of its own.
+    inputs = {tensor: method.input(tensor.shape, tensor.dtype) for tensor in delegate.inputs}
+    outputs = {tensor: Tensor(tensor.shape, tensor.dtype, own) for tensor in delegate.outputs}
+    own.inputs, own.outputs = list(inputs.values()), list(outputs.values())
+    renamed = {**inputs, **outputs}
+    own._ids = {renamed.get(tensor, tensor): number for tensor, number in delegate._ids.items()}
+    method._calls.append(own)
+    for output in own.outputs:
+        method.output(output)
+    return method
+
+
+# -- the child, seen from here --------------------------------------------------------------------------
+def _run(path: Path, names: Sequence[str], limit_s: float) -> _Failure | None:
+    """Run methods of a file in a child; None if all came back."""
+    # -P and the parent's own search path: the child must find what the parent found, whatever folder it is in.
+    command = [sys.executable, "-P", "-m", "targets.to_executorch.check", str(path.absolute()), *names]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    limit = limit_s * max(len(names), 1)
+    child = subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    late = False
+    try:
+        said, log = child.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        late = True
+        child.kill()
+        said, log = child.communicate()
+    finally:
+        child.kill()  # an interrupt of the export must not leave it running; nothing if it is gone already
+    if child.returncode == 0 and not late:
+        return None
+    begun, error = None, ""
+    for line in said.decode(errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            entry = json.loads(line)
+            begun, error = entry.get("begun", begun), entry.get("error", error)
+    if late:
+        return _Failure(begun, f"did not come back within {limit:.0f} s", late=True)
+    if child.returncode < 0:
+        return _Failure(begun, f"dies (signal {_signal(-child.returncode)})")
+    return _Failure(begun, f"fails: {_reason(error, log.decode(errors='replace'), child.returncode)}")
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
+
+
+def _reason(error: str, log: str, code: int) -> str:
+    """What the child could say, and the last words of the runtime's log, which names operators and shapes."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    spoken = [line for line in lines if re.match(r"\[\w+\.(cpp|h):\d+\]", line) and "cpuinfo" not in line]
+    parts = [error or (lines[-1] if lines else f"exit code {code}"), *spoken[-_LOG_LINES:]]
+    return "; ".join(parts)
+
+
+def _version() -> str:
+    return metadata.version("executorch")
+
+
+# -- the child ------------------------------------------------------------------------------------------
+def main(arguments: Sequence[str]) -> int:
+    """Load and run the methods of a file in turn; the first that raises ends it."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash here is an answer: no core file
+    path, *names = arguments
+    try:
+        runtime = _runtime()
+        program = runtime._load_program(path)
+        for name in names:
+            _say("begun", name)
+            _call(program, name)
+    except Exception as error:  # whatever it is, the parent says which method it belongs to
+        _say("error", f"{type(error).__name__}: {error}")
+        return 1
+    return 0
+
+
+def _runtime() -> Any:
+    """The runtime with its kernels, as `runtime.library` gives it but without the 3 s that its imports take.
+
+    The weights cache is on, as on phones: it lets go of all named data once a delegate is packed, so that
+    whatever reads released memory without it does so with it, too.
+    """
+    import torch
+    from executorch.extension.pybindings import _C
+
+    from targets.to_executorch.weight_cache import share_packed_weights
+
+    (package,) = importlib.util.find_spec("executorch").submodule_search_locations  # type: ignore[union-attr,misc]
+    (kernels,) = (Path(package) / "extension" / "llm" / "custom_ops").glob("*custom_ops_aot_lib.*")
+    torch.ops.load_library(kernels)
+    share_packed_weights()
+    return _C
+
+
+def _call(program: Any, name: str) -> None:
+    """One method, gone again when this returns."""
+    method = program.load_method(name)
+    method.call(_inputs(program.method_meta(name)), clone_outputs=False)
+
+
+def _inputs(meta: Any) -> list[Any]:
+    """Zeros; of two single whole numbers (`start`, `valid`) the second is the number of rows."""
+    import torch
+
+    dtypes = {3: torch.int32, 4: torch.int64, 6: torch.float32, 11: torch.bool}
+    tensors = [meta.input_tensor_meta(place) for place in range(meta.num_inputs())]
+    inputs = [torch.zeros(tuple(t.sizes()), dtype=dtypes[t.dtype()]) for t in tensors]
+    numbers = [value for value in inputs if tuple(value.shape) == (1,) and not value.is_floating_point()]
+    if len(numbers) == 2:
+        numbers[1].fill_(inputs[0].shape[1])
+    return inputs
+
+
+def _say(key: str, text: str) -> None:
+    sys.stdout.write(json.dumps({key: text}) + "\n")
+    sys.stdout.flush()  # before a crash, which flushes nothing
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
