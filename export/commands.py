@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,48 +112,63 @@ def recipe_of(manifest: dict[str, Any]) -> Any:
 
 
 def validate(options: argparse.Namespace) -> int:
-    """Climb the ladder on a finished bundle; 3 when a gate fails."""
+    """Climb the ladder on finished bundles, several of them side by side; 3 when a gate fails."""
+    from export import compare
+    from export.report import comparison
+    from export.validate import judge
+
+    torch.set_num_threads(options.threads)
+    page = options.report is not None and options.report.suffix.lower() == ".html"
+    if options.report is not None:
+        compare.check_report(options.report, options.bundles)
+    bundles = compare.open_bundles(options.bundles)
+    several = len(bundles) > 1
+    reporter = Reporter(quiet=options.quiet, json_lines=options.json)
+    checkpoint = open_source(bundles[0], options.checkpoint)
+    reports = [_climb(b, checkpoint, options, reporter, alone=not several) for b in bundles]
+    if (several or page) and not options.rung:
+        # One after the other, after all ladders: the speed of a shared host changes with time.
+        for bundle, report in zip(bundles, reports, strict=True):
+            with reporter.stage(f"measure {bundle.path.name}"):
+                report.setdefault("latency", {})["bundle"] = compare.measure_apart(bundle, options.threads)
+    if options.update:
+        update(bundles[0], reports[0])
+    columns = compare.columns(bundles, reports)
+    result = comparison.as_json(columns) if several else reports[0]
+    if options.report is not None:
+        options.report.write_text(comparison.render(columns) if page else dump(result), encoding="utf-8")
+    shown = comparison.table(columns) if several else parity_table(reports[0])
+    _print(json.dumps(result) if options.json else shown)
+    for column in columns:
+        if not column.report["passed"]:
+            whose = f" of {column.name}" if several else ""
+            sys.stderr.write(f"error: gates{whose} failed: {'; '.join(judge.failures(column.report))}\n")
+    return 0 if all(report["passed"] for report in reports) else 3
+
+
+def _climb(
+    bundle: Bundle, checkpoint: Any, options: argparse.Namespace, reporter: Reporter, *, alone: bool
+) -> dict[str, Any]:
+    """The report on one bundle; only if it is alone with the latency, which is otherwise measured for all."""
     from export.validate import judge
     from export.validate.ladder import RUNGS
     from targets import load_target
 
-    torch.set_num_threads(options.threads)
-    if options.report is not None:
-        _check_report(options.report, options.bundle)
-    bundle = Bundle.open(options.bundle.resolve())
-    reporter = Reporter(quiet=options.quiet, json_lines=options.json)
-    checkpoint = open_source(bundle, options.checkpoint)
-    config = model_config(bundle, checkpoint)
-    report = judge.judge(
+    def stage(name: str) -> Any:
+        return reporter.stage(name if alone else f"{name} of {bundle.path.name}")
+
+    return judge.judge(
         checkpoint,
-        config,
+        model_config(bundle, checkpoint),
         recipe_of(bundle.manifest),
         load_target(bundle.manifest["target"]["name"]),
         bundle.path,
         bundle.manifest,
         options.threads,
-        reporter.stage,
+        stage,
         rungs=tuple(options.rung or RUNGS),
-        with_latency=options.update or not options.rung,
+        with_latency=alone and (options.update or not options.rung),
     )
-    if options.update:
-        update(bundle, report)
-    if options.report is not None:
-        options.report.write_text(dump(report), encoding="utf-8")
-    _print(json.dumps(report) if options.json else parity_table(report))
-    if not report["passed"]:
-        sys.stderr.write(f"error: gates failed: {'; '.join(judge.failures(report))}\n")
-        return 3
-    return 0
-
-
-def _check_report(report: Path, bundle: Path) -> None:
-    """Refuse, before the work, a report that cannot be written or would change the bundle."""
-    folder = report.resolve().parent
-    if not folder.is_dir():
-        raise UsageError(f"--report {report}: there is no folder {folder}; make it, or choose another place")
-    if folder.is_relative_to(bundle.resolve()):
-        raise UsageError(f"--report {report}: lies inside the bundle, which validate only changes with --update")
 
 
 def update(bundle: Bundle, report: dict[str, Any]) -> None:

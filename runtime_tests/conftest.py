@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
+from export.quantize.quantizer import Quantizer
+from export.quantize.recipe import Recipe
+from export.validate import reference
+from export.validate.ladder import Rung, compare_lowered, make_plan
+from export.validate.probe import make_probe
+from targets import load_target
+from targets.base import Job, Lowered
 
 BASE: dict[str, Any] = {
     "model_type": "qwen3_5",
@@ -128,6 +136,52 @@ VARIANTS: dict[str, dict[str, Any]] = {
         num_key_value_heads=4, num_hidden_layers=6, head_dim=32, rope={"mrope_section": [2, 1, 1]}
     ),
 }
+
+
+SIZES = ((64, 96), (96, 64))
+LENGTHS = (16, 64)
+CONTEXT = 128
+
+
+def build(
+    checkpoint: Any,
+    folder: Path,
+    recipe: Recipe,
+    target: str = "onnx",
+    *,
+    context: int = CONTEXT,
+    lengths: tuple[int, ...] = LENGTHS,
+    **limits: int,
+) -> tuple[Lowered, dict[str, Any], Quantizer]:
+    """Lower a checkpoint; the manifest holds what sessions and the ladder read of it."""
+    chosen = load_target(target)
+    config = checkpoint.model_config
+    quantizer = Quantizer(Weights(checkpoint, config), recipe)
+    lowered = chosen.lower(Job(config, quantizer, context, lengths, SIZES, folder, **limits))
+    manifest = {
+        "signatures": lowered.signatures,
+        "states": lowered.states,
+        "context_length": context,
+        "prefill_lengths": list(lengths),
+        "image_sizes": [list(s) for s in SIZES],
+        "target": {"name": target, "min_version": chosen.min_version},
+        "tokenizer": {"stop_token_ids": [1], "special_token_ids": {"image": 5}},
+    }
+    return lowered, manifest, quantizer
+
+
+def climb_l1(
+    checkpoint: Any, folder: Path, target: str = "onnx", *, lengths: tuple[int, ...] = LENGTHS, **limits: int
+) -> Rung:
+    """Lower without quantisation and compare with our modules."""
+    _, manifest, quantizer = build(checkpoint, folder, Recipe.unquantised(), target, lengths=lengths, **limits)
+    session = load_target(target).open(folder, manifest, 1)
+    probe = make_probe(checkpoint.model_config, CONTEXT, SIZES)
+    rows = reference.embed(checkpoint, probe.ids)
+    plan = make_plan(CONTEXT, lengths)
+    rung = compare_lowered(session, quantizer.weights, probe, plan, rows, lengths, probe.images)
+    session.close()
+    return rung
 
 
 @pytest.fixture(scope="session", params=list(VARIANTS))

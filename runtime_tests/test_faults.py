@@ -17,12 +17,9 @@ from onnx import helper
 
 from export.checkpoint import weights as weights_module
 from export.checkpoint.weights import Weights
-from export.quantize.recipe import Recipe, load_recipe
-from export.validate import reference
-from export.validate.ladder import Case, Rung, compare_lowered, l2, make_plan
-from export.validate.probe import make_probe
-from runtime_tests.conftest import MemoryCheckpoint, variant
-from runtime_tests.test_onnx import CONTEXT, LENGTHS, SIZES, build
+from export.quantize.recipe import load_recipe
+from export.validate.ladder import Case, Rung, l2
+from runtime_tests.conftest import MemoryCheckpoint, build, climb_l1, variant
 from targets import load_target
 from targets.to_onnx import operators, pack
 from targets.to_onnx.graph import Graph
@@ -40,15 +37,6 @@ def model() -> MemoryCheckpoint:
         if "conv1d" in name:
             tensor[:128] *= 5e-3
     return checkpoint
-
-
-def climb_l1(checkpoint: MemoryCheckpoint, folder: Path) -> Rung:
-    _, manifest, _ = build(checkpoint, folder, Recipe.unquantised())
-    session = load_target("onnx").open(folder, manifest, 1)
-    probe = make_probe(checkpoint.model_config, CONTEXT, SIZES)
-    rows = reference.embed(checkpoint, probe.ids)
-    weights = Weights(checkpoint, checkpoint.model_config)
-    return compare_lowered(session, weights, probe, make_plan(CONTEXT, LENGTHS), rows, LENGTHS, probe.images)
 
 
 def climb_l2(checkpoint: MemoryCheckpoint, folder: Path) -> Rung:

@@ -14,8 +14,7 @@ from export.model import decoder, operators, positions
 from export.quantize.recipe import Recipe
 from export.validate import ladder
 from export.validate.ladder import Case, Rung, l0, l3
-from runtime_tests.conftest import MemoryCheckpoint, variant
-from runtime_tests.test_onnx import build
+from runtime_tests.conftest import MemoryCheckpoint, build, variant
 from targets import load_target
 from targets.to_onnx.session import OnnxSession
 

@@ -11,57 +11,15 @@ import onnx
 import pytest
 
 from export.bundle.manifest import BundleError
-from export.chat.conversation import Contract, Conversation
 from export.checkpoint.weights import Weights
-from export.model.config import ModelConfig
-from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe, load_recipe
-from export.validate import metrics, reference
-from export.validate.ladder import Case, compare_lowered, l2, make_plan
-from export.validate.probe import make_probe
-from runtime_tests.conftest import VARIANTS, MemoryCheckpoint, variant
+from export.validate.ladder import Case, l2
+from runtime_tests.conftest import VARIANTS, MemoryCheckpoint, build, climb_l1, variant
 from targets import load_target
-from targets.base import Job, Lowered
-from targets.contract import CallError
-
-SIZES = ((64, 96), (96, 64))
-LENGTHS = (16, 64)
-CONTEXT = 128
-
-
-def build(
-    checkpoint: Any, folder: Path, recipe: Recipe, config: ModelConfig | None = None
-) -> tuple[Lowered, dict[str, Any], Quantizer]:
-    """Lower a checkpoint; the manifest holds what sessions and the ladder read of it."""
-    config = config or checkpoint.model_config
-    quantizer = Quantizer(Weights(checkpoint, config), recipe)
-    lowered = load_target("onnx").lower(Job(config, quantizer, CONTEXT, LENGTHS, SIZES, folder))
-    manifest = {
-        "signatures": lowered.signatures,
-        "states": lowered.states,
-        "context_length": CONTEXT,
-        "prefill_lengths": list(LENGTHS),
-        "image_sizes": [list(s) for s in SIZES],
-        "target": {"name": "onnx", "min_version": "1.32.0"},
-        "tokenizer": {"stop_token_ids": [1], "special_token_ids": {"image": 5}},
-    }
-    return lowered, manifest, quantizer
-
-
-@pytest.fixture(scope="module")
-def built(small: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("onnx")
-    _, manifest, _ = build(small, folder, Recipe.unquantised())
-    return folder, manifest
 
 
 def test_l1_holds_for_every_config(checkpoint: Any, tmp_path: Path) -> None:
-    _, manifest, quantizer = build(checkpoint, tmp_path, Recipe.unquantised())
-    session = load_target("onnx").open(tmp_path, manifest, 1)
-    probe = make_probe(checkpoint.model_config, CONTEXT, SIZES)
-    rows = reference.embed(checkpoint, probe.ids)
-    plan = make_plan(CONTEXT, LENGTHS)
-    rung = compare_lowered(session, quantizer.weights, probe, plan, rows, LENGTHS, probe.images)
+    rung = climb_l1(checkpoint, tmp_path)
     assert rung.status == "PASS", [c for c in rung.checks if c.status == "FAIL"]
     assert {c.name for c in rung.checks} >= {"L1.logits", "L1.states", "L1.padding", "L1.embed", "L1.vision"}
 
@@ -161,62 +119,6 @@ def test_a_tied_matrix_is_stored_once_and_aligned(small: Any, tmp_path: Path) ->
                     found.append(entries["offset"])
     assert len(found) == 2
     assert found[0] == found[1]
-
-
-def conversation(built: tuple[Path, dict[str, Any]]) -> tuple[Any, Conversation]:
-    session = load_target("onnx").open(*built, 1)
-    return session, Conversation(session, Contract.of(built[1]))
-
-
-def test_snapshot_and_restore_continue_exactly(built: tuple[Path, dict[str, Any]]) -> None:
-    session, talk = conversation(built)
-    picture = np.random.default_rng(0).random((64, 96, 3), np.float32)
-    talk.feed(talk.expand([9, 6, 5, 7, 10, 11], [picture]), [picture])
-    kept = talk.snapshot()
-    first = [talk.feed([i]) for i in (12, 13, 14)]
-    talk.feed([20, 21, 22])
-    talk.restore(kept)
-    again = [talk.feed([i]) for i in (12, 13, 14)]
-    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
-    talk.reset()
-    assert all(not array.any() for array in session.states().values())
-
-
-def test_full_context_works_and_one_more_is_refused(built: tuple[Path, dict[str, Any]]) -> None:
-    session, talk = conversation(built)
-    ids = [9 + i % 50 for i in range(CONTEXT)]
-    talk.feed(ids[: CONTEXT - 3])
-    talk.feed(ids[CONTEXT - 3 :])  # a padded chunk whose tail lies past the context
-    assert talk.start == CONTEXT
-    with pytest.raises(Exception, match="1 tokens do not fit: 128 of 128 slots are used"):
-        talk.feed([9])
-    inputs = {
-        "embeddings": np.zeros((1, 1, 128), np.float32),
-        "position_ids": np.zeros((3, 1), np.int32),
-        "start": np.asarray([CONTEXT], np.int32),
-    }
-    with pytest.raises(CallError, match=r"start 128 with valid 1: .* at most the context_length 128"):
-        session.run("decode", inputs)
-
-
-def test_calls_against_the_contract_are_refused(built: tuple[Path, dict[str, Any]]) -> None:
-    session, _ = conversation(built)
-    with pytest.raises(CallError, match="no signature 'prefill_7'; it has decode, embed, prefill_16"):
-        session.run("prefill_7", {})
-    with pytest.raises(CallError, match="embed needs input 'input_ids'"):
-        session.run("embed", {})
-    with pytest.raises(CallError, match=r"'input_ids' is int32 \[1, 2\]; the manifest declares int64"):
-        session.run("embed", {"input_ids": np.zeros((1, 2), np.int32)})
-
-
-def test_chunking_does_not_change_the_answer(built: tuple[Path, dict[str, Any]]) -> None:
-    _, talk = conversation(built)
-    ids = [9 + (7 * i) % 50 for i in range(100)]
-    whole = talk.feed(ids)
-    talk.reset()
-    for place in range(0, 100, 9):
-        parts = talk.feed(ids[place : place + 9])
-    assert metrics.relative(whole, parts) < 1e-4
 
 
 def test_variants_cover_what_the_demand_names() -> None:

@@ -36,7 +36,7 @@ Read `manifest.json` to find out what is inside; it is the contract of this fold
 | {{ name }} | {{ c.name }} | {{ number(c.value) }} | {{ gate(c) }} | {{ c.status }} |
 {% endfor -%}
 {% endfor %}
-{% if report.latency %}
+{% if report.latency is defined %}
 Measured on the host that built it, {{ report.latency.bundle.decode.threads }} threads: prefill \
 {{ number(report.latency.bundle.prefill.tokens_per_s_median) }} and decode \
 {{ number(report.latency.bundle.decode.tokens_per_s_median) }} tokens/s (median). A phone differs.

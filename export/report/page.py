@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, select_autoescape
+from jinja2 import Environment, StrictUndefined, Template, select_autoescape
 
 from export.report.card import gate, number
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ m.name }}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
+STYLE = """
  body { font: 15px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }
  h1 { margin-bottom: .2rem } .sub { color: #5b6675 }
  td.g, td.n { white-space: nowrap } th.n { text-align: right }
@@ -21,7 +19,12 @@ PAGE = """<!doctype html>
  border-bottom: 1px solid #e3e7ec; vertical-align: top } td.n { text-align: right; font-variant-numeric: tabular-nums }
  .PASS { color: #0a7d38; font-weight: 600 } .FAIL { color: #c0182b; font-weight: 600 } .RECORDED { color: #5b6675 }
  figure { margin: 1.5rem 0 } svg { max-width: 100%; height: auto } .reason { color: #5b6675; font-size: .85em }
-</style></head><body>
+"""
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ m.name }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>{{ style | safe }}</style></head><body>
 <h1>{{ m.name }}</h1>
 <p class="sub">Qwen3.5 {{ m.model.size }} ({{ m.model.variant }}), {{ m.target.runtime }} ≥ {{ m.target.min_version }},
  recipe {{ m.quantization.recipe }}, context {{ m.context_length }}.
@@ -60,17 +63,27 @@ MEANING = {
 
 
 def render(manifest: dict[str, Any], report: dict[str, Any]) -> str:
-    environment = Environment(undefined=StrictUndefined, autoescape=select_autoescape(default=True))
-    return environment.from_string(PAGE).render(
+    return template(PAGE).render(
+        style=STYLE,
         m=manifest,
         r={"latency": None, **report},
         number=number,
-        speed=lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.1f}",
+        speed=speed,
         gate=gate,
         meaning=MEANING,
         plots=plots(report),
         bars=_speeds(report["latency"]) if "latency" in report else "",
     )
+
+
+def template(text: str) -> Template:
+    """An HTML template that escapes what it is given and refuses unknown names."""
+    return Environment(undefined=StrictUndefined, autoescape=select_autoescape(default=True)).from_string(text)
+
+
+def speed(value: float) -> str:
+    """Tokens/s in about three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def plots(report: dict[str, Any]) -> list[tuple[str, str]]:
@@ -80,37 +93,41 @@ def plots(report: dict[str, Any]) -> list[tuple[str, str]]:
     errors = {name: rungs[name]["series"].get("states") for name in ("L0", "L1", "L3") if name in rungs}
     errors = {name: series for name, series in errors.items() if series}
     if errors:
-        found.append(("Relative error of every state", _states(errors)))
+        found.append(("Relative error of every state", states(errors)))
     if "L3" in rungs and rungs["L3"]["series"].get("kl"):
-        found.append(("KL over position (nats)", _lines(rungs["L3"]["series"]["rows"], rungs["L3"]["series"]["kl"])))
+        places = rungs["L3"]["series"]["rows"]
+        found.append(("KL over position (nats)", lines({"": (places, rungs["L3"]["series"]["kl"])})))
     if "L3" in rungs and rungs["L3"]["series"].get("drift_kl"):
         drift = rungs["L3"]["series"]["drift_kl"]
-        found.append(("KL over decode steps: drift (nats)", _lines(list(range(len(drift))), drift)))
+        found.append(("KL over decode steps: drift (nats)", lines({"": (range(len(drift)), drift)})))
     return found
 
 
-def _figure() -> tuple[Any, Any]:
+def figure(panels: int = 1, height: float = 3) -> tuple[Any, Any]:
+    """A figure of the page's width and its axes: an array of them for several panels."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "report"
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(9, 3), layout="constrained")
+    return pyplot.subplots(1, panels, figsize=(9, height), layout="constrained", sharey=True)
 
 
-def _svg(figure: Any) -> str:
+def svg(drawing: Any) -> str:
+    """The figure as an <svg> element, the same bytes for the same numbers; closes it."""
     from matplotlib import pyplot
 
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    pyplot.close(figure)
+    drawing.savefig(buffer, format="svg", metadata={"Date": None})
+    pyplot.close(drawing)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
 
-def _states(errors: dict[str, dict[str, float]]) -> str:
-    figure, axes = _figure()
+def states(errors: Mapping[str, Mapping[str, float]]) -> str:
+    """For each label, here rungs, the relative error of every state."""
+    drawing, axes = figure()
     names = list(next(iter(errors.values())))
     for rung, series in errors.items():
         axes.plot(range(len(names)), [_positive(series.get(n, 0.0)) for n in names], "o-", ms=3, label=rung)
@@ -118,7 +135,7 @@ def _states(errors: dict[str, dict[str, float]]) -> str:
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
     axes.legend()
     axes.grid(alpha=0.3)
-    return _svg(figure)
+    return svg(drawing)
 
 
 def _positive(value: float | str) -> float:
@@ -127,18 +144,22 @@ def _positive(value: float | str) -> float:
     return max(number, 1e-9) if math.isfinite(number) else math.nan
 
 
-def _lines(x: list[int], y: list[float]) -> str:
-    figure, axes = _figure()
-    axes.plot(x, [_positive(v) for v in y], lw=1)
+def lines(series: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> str:
+    """For each label a curve over tokens; a legend where there are several."""
+    drawing, axes = figure()
+    for label, (x, y) in series.items():
+        axes.plot(x, [_positive(v) for v in y], lw=1, label=label)
     axes.set_yscale("log")
     axes.set_xlabel("token")
     axes.grid(alpha=0.3)
-    return _svg(figure)
+    if len(series) > 1:
+        axes.legend()
+    return svg(drawing)
 
 
 def _speeds(latency: dict[str, Any]) -> str:
     """Tokens/s of the bundle beside the reference, prefill and decode."""
-    figure, axes = _figure()
+    drawing, axes = figure()
     runners = [who for who in ("reference", "bundle") if latency.get(who)]
     for place, phase in enumerate(("decode", "prefill")):
         speeds = [latency[who][phase]["tokens_per_s_median"] for who in runners]
@@ -147,4 +168,4 @@ def _speeds(latency: dict[str, Any]) -> str:
     axes.set_xscale("log")
     axes.set_xlabel("tokens/s (log scale)")
     axes.margins(x=0.1)
-    return _svg(figure)
+    return svg(drawing)

@@ -145,7 +145,7 @@ def canonical(config: ModelConfig, states: Mapping[str, NDArray[Any]]) -> Arrays
     result: Arrays = {}
     for name, array in states.items():
         wanted = shapes[name]
-        plain = array.reshape(array.shape[-len(wanted.shape) :])
+        plain: NDArray[Any] = array.reshape(array.shape[-len(wanted.shape) :])
         if wanted.kind == "conv" and plain.shape != wanted.shape:
             plain = plain.T
         if wanted.kind in ("key", "value") and plain.shape[0] != wanted.shape[0]:

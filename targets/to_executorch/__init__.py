@@ -25,8 +25,10 @@ class ExecuTorchTarget:
     )
 
     def lower(self, job: Job) -> Lowered:
-        from targets.to_executorch.lower import lower
+        from targets.to_executorch.runtime import quiet_imports
 
+        with quiet_imports():
+            from targets.to_executorch.lower import lower
         return lower(job)
 
     def open(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> Session:

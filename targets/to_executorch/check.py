@@ -33,16 +33,22 @@ if TYPE_CHECKING:
 LIMIT_S = 600.0
 """Time for one method, loading included: 512 tokens of 9B take two minutes on two slow cores."""
 _BLOCK = 1 << 24
+_LOG = re.compile(r"\[(?!cpuinfo)\w+\.(cpp|h):\d+\]")
+"""A line of the runtime's log; the one about processors is no fault."""
 _LOG_LINES = 3
+
+
+LATE = "did not come back"
+KILLED = "signal SIGKILL"
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """How a child ended. `method` is the one it had begun, None before the first."""
+    """How a child ended: "dies", "fails" or LATE, and why. `method` is the one it had begun, None before the first."""
 
     method: str | None
-    how: str
-    late: bool = False
+    verb: str
+    why: str
 
 
 def check_methods(path: Path, source: Source, places: Mapping[str, int], limit_s: float = LIMIT_S) -> None:
@@ -59,36 +65,47 @@ def check_methods(path: Path, source: Source, places: Mapping[str, int], limit_s
     failure = _run(path, names, limit_s)
     if failure is None:
         return
-    if failure.method is None:
-        raise ExportError(
-            f"executorch: the runtime could not open {path.name}: {failure.how}; the Python package `executorch` "
-            f"{_version()} must load what was written for it, so reinstall it, or report this message"
-        )
-    what = f"executorch: method {failure.method} of {path.name}"
-    if failure.late:
-        raise ExportError(
-            f"{what} {failure.how}; free some cores and memory and repeat the export, or leave the method out "
-            "(--prefill-lengths, --image-sizes)"
-        )
-    remedy = (
-        "leave the method out (--prefill-lengths, --image-sizes) or use another release of the runtime "
-        f"(this is executorch {_version()}), and report this message"
+    what = (
+        f"executorch: method {failure.method} of {path.name}"
+        if failure.method
+        else f"executorch: {path.name}"
     )
+    if failure.verb == LATE:
+        raise ExportError(
+            f"{what} {LATE} {failure.why}; free some cores and memory and repeat the export, or leave the method "
+            "out (--prefill-lengths, --image-sizes)"
+        )
     method = next((method for method in source.methods if method.name == failure.method), None)
     if method is None:
-        raise ExportError(f"{what} {failure.how}; {remedy}")
+        before = "" if failure.method else " before its first method"
+        raise ExportError(f"{what} {failure.verb}{before} ({failure.why}); {_remedy(failure)}")
     for delegate in method.delegates():
-        alone = _run_alone(path, source, places, delegate, limit_s)
-        if alone is not None:
+        try:
+            alone = _run_alone(path, source, places, delegate, limit_s)
+        except OSError as error:
+            raise ExportError(
+                f"{what} {failure.verb} ({failure.why}); its delegates could not be written to {path.parent} to find "
+                f"the one at fault ({error.strerror}): free some disk space there and repeat the export"
+            ) from error
+        if alone is not None and alone.verb != LATE:
             kinds = sorted({type(node.xnode_union).__name__ for node in delegate.nodes})
             raise ExportError(
-                f'{what} dies in its delegate "{delegate.name}" ({alone.how}), which fails alone too; '
-                f"its {len(delegate.nodes)} nodes are {', '.join(kinds)}; {remedy}"
+                f'{what} {failure.verb} in its delegate "{delegate.name}" ({alone.why}), which {alone.verb} alone, '
+                f"too; its nodes ({len(delegate.nodes)}) are {', '.join(kinds)}; {_remedy(failure)}"
             )
     kernels = ", ".join(dict.fromkeys(method.kernels())) or "none"
     raise ExportError(
-        f"{what} {failure.how}; each of its {len(method.delegates())} delegates works alone, so look at what joins "
-        f"them (kernels: {kernels}); {remedy}"
+        f"{what} {failure.verb} ({failure.why}); each of its delegates ({len(method.delegates())}) works alone, so "
+        f"look at what joins them (kernels: {kernels}); {_remedy(failure)}"
+    )
+
+
+def _remedy(failure: _Failure) -> str:
+    if failure.why.startswith(KILLED):
+        return "the system does that when memory runs out: close other programs or export on a larger machine"
+    return (
+        "leave the method out (--prefill-lengths, --image-sizes) or install another release of the runtime "
+        f"(this is executorch {metadata.version('executorch')}), and report this message"
     )
 
 
@@ -100,7 +117,8 @@ def _run_alone(
     from targets.to_executorch import file
     from targets.to_executorch.program import Constants
 
-    pieces = {name for weight in delegate.filters() for name in (weight.codes, weight.scales) if name}
+    read = [value.filter for value in delegate._values if value.filter]
+    pieces = {name for each in read for name in (each.codes, each.scales) if name}
     weights = [_copied(weight, path, places) for weight in source.weights if pieces & {*weight.sizes}]
     # Beside the file, because weights may be larger than what a temporary folder elsewhere can hold.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as folder:
@@ -149,32 +167,43 @@ def _run(path: Path, names: Sequence[str], limit_s: float) -> _Failure | None:
     """Run methods of a file in a child; None if all came back."""
     # -P and the parent's own search path: the child must find what the parent found, whatever folder it is in.
     command = [sys.executable, "-P", "-m", "targets.to_executorch.check", str(path.absolute()), *names]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
+    }
     limit = limit_s * max(len(names), 1)
-    child = subprocess.Popen(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    late = False
     try:
-        said, log = child.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        late = True
-        child.kill()
-        said, log = child.communicate()
-    finally:
-        child.kill()  # an interrupt of the export must not leave it running; nothing if it is gone already
-    if child.returncode == 0 and not late:
+        child = subprocess.run(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=limit,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as late:
+        begun, _ = _heard(late.stdout or b"")
+        return _Failure(begun, LATE, f"within {limit:.0f} s")
+    if child.returncode == 0:
         return None
+    begun, error = _heard(child.stdout)
+    lines = [line.strip() for line in child.stderr.decode(errors="replace").splitlines() if line.strip()]
+    # The runtime's log names operators and shapes, which its error codes do not.
+    log = [line for line in lines if _LOG.match(line)][-_LOG_LINES:]
+    if child.returncode < 0:
+        return _Failure(begun, "dies", "; ".join([f"signal {_signal(-child.returncode)}", *log]))
+    reason = error or (lines[-1] if lines else f"exit code {child.returncode}")
+    return _Failure(begun, "fails", "; ".join([reason, *log]))
+
+
+def _heard(said: bytes) -> tuple[str | None, str]:
+    """The method that a child began last, and the error that it reported."""
     begun, error = None, ""
     for line in said.decode(errors="replace").splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             entry = json.loads(line)
             begun, error = entry.get("begun", begun), entry.get("error", error)
-    if late:
-        return _Failure(begun, f"did not come back within {limit:.0f} s", late=True)
-    if child.returncode < 0:
-        return _Failure(begun, f"dies (signal {_signal(-child.returncode)})")
-    return _Failure(begun, f"fails: {_reason(error, log.decode(errors='replace'), child.returncode)}")
+    return begun, error
 
 
 def _signal(number: int) -> str:
@@ -182,18 +211,6 @@ def _signal(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return str(number)
-
-
-def _reason(error: str, log: str, code: int) -> str:
-    """What the child could say, and the last words of the runtime's log, which names operators and shapes."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    spoken = [line for line in lines if re.match(r"\[\w+\.(cpp|h):\d+\]", line) and "cpuinfo" not in line]
-    parts = [error or (lines[-1] if lines else f"exit code {code}"), *spoken[-_LOG_LINES:]]
-    return "; ".join(parts)
-
-
-def _version() -> str:
-    return metadata.version("executorch")
 
 
 # -- the child ------------------------------------------------------------------------------------------

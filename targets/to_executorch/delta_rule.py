@@ -27,13 +27,16 @@ def _repeat(m: Method, x: Tensor, times: int, axis: int) -> Tensor:
     return nodes.reshape(m, together, shape)
 
 
-def step(
-    m: Method, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, ones: Filter
-) -> tuple[Tensor, Tensor]:
+Tokens = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""q, k, v, g and beta of some tokens."""
+
+
+def step(m: Method, tokens: Tokens, state: Tensor, ones: Filter) -> tuple[Tensor, Tensor]:
     """One token: q, k [Hk, 1, Dk], v [Hv, 1, Dv], g, beta [1, Hv], state [Hv, Dk, Dv]; `ones` [1, Dk].
 
     With a = exp(g), kS = kᵀS and qS = qᵀS: d = beta (v - a kS), o = a qS + (q·k) d, S' = a S + k dᵀ.
     """
+    q, k, v, g, beta = tokens
     heads, width = v.shape[0], k.shape[2]
     q, k = (_repeat(m, x, heads // x.shape[0], 0) for x in (q, k))
     decay = nodes.reshape(m, nodes.unary(m, "Exp", g), (heads, 1, 1))
@@ -48,20 +51,18 @@ def step(
     return output, new
 
 
-def chunked(
-    m: Method, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, sums: dict[int, Filter]
-) -> tuple[Tensor, Tensor]:
+def chunked(m: Method, tokens: Tokens, state: Tensor, sums: dict[int, Filter]) -> tuple[Tensor, Tensor]:
     """C tokens: q, k [C, Hk, Dk], v [C, Hv, Dv], g, beta [C, Hv], state [Hv, Dk, Dv].
 
     `sums` holds for each chunk size a linear that sums a row up to each entry.
     """
-    tokens, heads, width = v.shape
+    count, heads, width = tokens[2].shape
     outputs = []
-    for first, count, size in groups(tokens):
-        part = [nodes.cut(m, x, 0, first, count * size) for x in (q, k, v, g, beta)]
-        output, state = _group(m, *part, state, count, size, sums[size])
+    for first, chunks, size in groups(count):
+        q, k, v, g, beta = (nodes.cut(m, x, 0, first, chunks * size) for x in tokens)
+        output, state = _group(m, (q, k, v, g, beta), state, chunks, size, sums[size])
         outputs.append(output)
-    return nodes.reshape(m, nodes.concat(m, outputs, 0), (tokens, heads, width)), state
+    return nodes.reshape(m, nodes.concat(m, outputs, 0), (count, heads, width)), state
 
 
 def groups(tokens: int) -> list[tuple[int, int, int]]:
@@ -74,10 +75,10 @@ def groups(tokens: int) -> list[tuple[int, int, int]]:
 
 
 def _group(
-    m: Method, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor,
-    count: int, size: int, sums: Filter,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    m: Method, tokens: Tokens, state: Tensor, count: int, size: int, sums: Filter
+) -> tuple[Tensor, Tensor]:
     """`count` chunks of `size` tokens; returns [count·size, Hv·Dv] and the state after them. N count, C size."""
+    q, k, v, g, beta = tokens
     heads, width = v.shape[1:]
     repeats = heads // k.shape[1]
 

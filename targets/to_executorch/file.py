@@ -41,7 +41,7 @@ class Weight:
     read: Callable[[], Iterator[tuple[str, bytes]]]
 
 
-class _StandIn(FileBackedData):
+class _StandIn(FileBackedData):  # type: ignore[misc]  # the SDK has no types
     """So many bytes that are written later."""
 
     def __init__(self, size: int) -> None:

@@ -7,7 +7,7 @@ method under construction and defines the value of its node; reshapes of the tra
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ class Lowering:
         return self._shared[name]
 
     # -- kernels ----------------------------------------------------------------------------------
-    def kernel(self, name: str, arguments: list[Tensor | Slot], shape: Shape, dtype: str = "float32") -> Tensor:
+    def kernel(self, name: str, arguments: Sequence[Tensor | Slot], shape: Shape, dtype: str = "float32") -> Tensor:
         """Call a kernel that writes one new tensor."""
         result = Tensor(shape, dtype)
         self.method.kernel(name, arguments, [result])
@@ -338,13 +338,13 @@ def _delta_gates(low: Lowering, node: Node) -> None:
 def _gated_delta(low: Lowering, node: Node) -> None:
     q, k, v, g, beta, state = operands(node)
     tokens, _, width = shape_of(q)
-    tensors = [low.value(x, by_head(*shape_of(x))) for x in (q, k, v)]
-    tensors += [low.value(g), low.value(beta), low.values[state]]
+    by_heads = [low.value(x, by_head(*shape_of(x))) for x in (q, k, v)]
+    rows = (by_heads[0], by_heads[1], by_heads[2], low.value(g), low.value(beta))
     if "step" in str(node.target):
-        result = delta_rule.step(low.method, *tensors, low.weights.row(width, 1.0))
+        result = delta_rule.step(low.method, rows, low.values[state], low.weights.row(width, 1.0))
     else:
         sums = {size: low.weights.sums(size) for _, _, size in delta_rule.groups(tokens)}
-        result = delta_rule.chunked(low.method, *tensors, sums)
+        result = delta_rule.chunked(low.method, rows, low.values[state], sums)
     low.results[node, 0], low.results[node, 1] = result
 
 
@@ -358,7 +358,8 @@ def _cached_attention(low: Lowering, node: Node) -> None:
     for row, cache in zip(rows, (low.values[key_cache], low.values[value_cache]), strict=True):
         m.kernel("llama::update_cache.out", [row, cache, first], [Tensor((1,))])
     null, none, causal = m.scalar(None), m.scalar(0.0), m.scalar(True)
-    arguments = [query, low.values[key_cache], low.values[value_cache], first, null, none, causal, m.scalar(scale)]
+    caches = low.values[key_cache], low.values[value_cache]
+    arguments: list[Tensor | Slot] = [query, *caches, first, null, none, causal, m.scalar(scale)]
     low.results[node, 0] = low.kernel("llama::custom_sdpa.out", arguments, query.shape)
     low.results[node, 1], low.results[node, 2] = rows
 
@@ -375,7 +376,7 @@ def _real_rows(low: Lowering, node: Node) -> None:
     rows = low.value(x)
     low.valid(valid)  # here, at the start: a kernel called within a layer would cut its delegate
     index = m.constant(np.arange(rows.shape[0], dtype=np.int32).reshape(-1, 1))
-    real = low.kernel("aten::lt.Tensor_out", [index, low.values[valid]], (rows.shape[0], 1), "bool")
+    real = low.kernel("aten::lt.Tensor_out", (index, low.values[valid]), (rows.shape[0], 1), "bool")
     zero = m.constant(np.zeros((1, 1), np.float32))
     low.define(node, low.kernel("aten::where.self_out", [real, rows, zero], rows.shape))
 

@@ -97,7 +97,7 @@ class Method:
             self._cached[key] = tensor
         return self._cached[key]
 
-    def scalar(self, value: int | float | bool | None | list[int]) -> Slot:
+    def scalar(self, value: int | float | bool | list[int] | None) -> Slot:
         """An argument of a kernel that is no tensor."""
         kinds: dict[type, Callable[[Any], Any]] = {
             bool: schema.Bool, int: schema.Int, float: schema.Double, type(None): lambda _: schema.Null()
@@ -122,7 +122,7 @@ class Method:
     def output(self, tensor: Tensor, state_offset: int | None = None) -> None:
         """Make a computed tensor the next output; a new state has its place in the arena of states."""
         slot = self.slot(tensor)
-        if slot in self._outputs or tensor.delegate is None and slot in (*self._inputs, *self._constant_at):
+        if slot in self._outputs or (tensor.delegate is None and slot in (*self._inputs, *self._constant_at)):
             raise ValueError(f"{self.name}: output {len(self._outputs)} is no tensor of its own")
         self._outputs.append(slot)
         if state_offset is not None:
@@ -168,7 +168,8 @@ class Method:
         """The method in the runtime's schema; delegates refer to blobs first_blob, first_blob + 1, …"""
         operators = sorted({call.operator for call in self._calls if isinstance(call, _Kernel)})
         uses: dict[Slot, list[int]] = {}
-        instructions, delegates = [], []
+        instructions: list[Any] = []
+        delegates: list[Any] = []
         for step, call in enumerate(self._calls):
             if isinstance(call, _Kernel):
                 arguments = list(call.arguments)
@@ -213,7 +214,7 @@ class Method:
         for slot in sorted(wanted, key=lambda s: (-nbytes(self._tensor(s)), s)):
             first, last, size = min(uses[slot]), max(uses[slot]), aligned(nbytes(self._tensor(slot)) + ALIGNMENT)
             offset = 0
-            for begin, end in sorted((o, e) for f, l, o, e in placed if f <= last and first <= l):
+            for begin, end in sorted((o, e) for since, until, o, e in placed if since <= last and first <= until):
                 if offset + size <= begin:
                     break
                 offset = max(offset, end)

@@ -1,43 +1,170 @@
-"""The ExecuTorch runtime of the Python package, and what it says when it refuses something."""
+"""The ExecuTorch runtime of the Python package, and clear words for what it refuses with a bare number."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from export.spec import ExportError
 
+ERRORS = {
+    0x10: "it does not support something in the program",
+    0x12: "an argument has the wrong shape or type",
+    0x14: "a kernel is missing",
+    0x20: "something the program names is missing, such as a backend",
+    0x21: "there is not enough memory",
+    0x22: "the file cannot be read",
+    0x23: "the program is damaged, or of another version",
+    0x24: "the weights are damaged or missing",
+    0x30: "a delegate is of another version",
+    0x31: "there is not enough memory for a delegate",
+}
+"""Codes of runtime/core/error.h that loading a program can end with."""
 
+
+@cache
 def library() -> Any:
-    """The runtime's Python module, with the kernels our programs call registered."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  registers llama::custom_sdpa, …
-        from executorch.extension.pybindings import portable_lib
+    """The runtime's Python module, with the kernels our programs call registered.
 
+    Raises:
+        ExportError: the package is not installed, or not usable here.
+    """
+    with quiet_imports():
+        try:
+            from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  llama::custom_sdpa and others
+            from executorch.extension.pybindings import portable_lib
+        except (ImportError, OSError) as error:
+            raise ExportError(
+                f"the ExecuTorch runtime cannot be used: {error}; "
+                "install it with pip install 'qwen35-mobile[executorch]'"
+            ) from error
     return portable_lib
 
 
-def use_threads(count: int) -> None:
-    """Give the runtime's pool so many threads; the pool is one for the whole process."""
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """The SDK's packages announce at import what they could not load and do not need."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+_open_sessions: WeakSet[Any] = WeakSet()
+"""Whose methods point into the runtime's pool of threads, which is one for the process."""
+
+
+def use_threads(count: int, session: Any) -> None:
+    """Give the runtime's pool so many threads, for as long as the session is open.
+
+    Raises:
+        ExportError: another open session was given another number.
+    """
     runtime = library()
-    if runtime._threadpool_get_thread_count() != count:
+    present = runtime._threadpool_get_thread_count()
+    if present != count:
+        if _open_sessions:
+            raise ExportError(
+                f"ExecuTorch has one pool of threads for the process, and an open session uses {present}; "
+                f"close it before opening one with {count}"
+            )
         runtime._unsafe_reset_threadpool(count)
+    _open_sessions.add(session)
 
 
-def load_program(path: Path, manifest: Mapping[str, Any], trace: bool = False) -> Any:
-    """Open a .pte; its methods are loaded one by one."""
-    return library()._load_program(str(path), enable_etdump=trace)
+def release_threads(session: Any) -> None:
+    """The session is closed: its methods are gone."""
+    _open_sessions.discard(session)
+
+
+def check_version(manifest: Mapping[str, Any]) -> None:
+    """Refuse a runtime older than the bundle needs: it would fail with a number, or not at all.
+
+    Raises:
+        ExportError: naming both versions.
+    """
+    try:
+        installed = version("executorch")
+    except PackageNotFoundError:
+        return  # `library` says so
+    needed = manifest["target"]["min_version"]
+    if _numbers(installed) < _numbers(needed):
+        raise ExportError(
+            f"the bundle needs executorch >= {needed}, and {installed} is installed; upgrade the runtime"
+        )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
+def load_program(path: Path, trace: bool = False) -> Any:
+    """Open a .pte, once it is known that this runtime has every kernel and backend that its methods name.
+
+    Raises:
+        ExportError: no program, or something it needs is missing; nothing was loaded.
+    """
+    from targets.to_executorch.stored import Pte
+
+    runtime = library()
+    plans = Pte(path).program.execution_plan
+    kernels = {f"{o.name}.{o.overload}".rstrip(".") for plan in plans for o in plan.operators}
+    missing = sorted(kernels - set(runtime._get_operator_names()))
+    if missing:
+        raise ExportError(
+            f"{path.name} calls {missing[0]}, which this runtime does not have; link the library of kernels that does "
+            "(kernels_llm for llama::…, kernels_optimized or portable for aten::…)"
+        )
+    for backend in sorted({delegate.id for plan in plans for delegate in plan.delegates}):
+        if not runtime._is_available(backend):
+            raise ExportError(f"{path.name} needs {backend}, which this runtime was built without; link it")
+    try:
+        return runtime._load_program(str(path), enable_etdump=trace)
+    except RuntimeError as error:
+        raise _told(f"cannot load {path.name}", error) from error
 
 
 def load_method(program: Any, file: str, entry: str) -> Any:
-    return program.load_method(entry)
+    """Make a method ready to run.
+
+    Raises:
+        ExportError: the runtime refuses it.
+    """
+    try:
+        return program.load_method(entry)
+    except RuntimeError as error:
+        raise _told(f"cannot load method {entry} of {file}", error) from error
 
 
 def call(method: Any, inputs: Sequence[Any], entry: str) -> list[Any]:
-    """Run a method; results lie in the runtime's memory until its next call."""
-    return list(method.call(inputs, clone_outputs=False))
+    """Run a method; results lie in the runtime's memory until its next call.
+
+    Raises:
+        ExportError: the runtime stopped in it; what it wrote is not to be used.
+    """
+    try:
+        return list(method.call(inputs, clone_outputs=False))
+    except RuntimeError as error:
+        raise _told(f"failed in method {entry}", error) from error
+
+
+def _told(what: str, error: RuntimeError) -> ExportError:
+    code = re.search(r"0x:?([0-9a-fA-F]+)", str(error))
+    why = ERRORS.get(int(code[1], 16)) if code else None
+    installed = version("executorch")
+    return ExportError(
+        f"executorch {installed} {what}: {why or error}{f' (error {code[0]})' if code and why else ''}; "
+        "copy the bundle again, or export it with the version of executorch that runs it"
+    )

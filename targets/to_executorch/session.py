@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from export.spec import ExportError
 from targets.base import Arrays
-from targets.contract import check_call
+from targets.contract import CallError, check_call
 from targets.table import Table
 from targets.to_executorch import runtime
 
@@ -28,7 +27,8 @@ class ExecuTorchSession:
     def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> None:
         self._folder = folder
         self._manifest = manifest
-        runtime.use_threads(threads)
+        runtime.check_version(manifest)
+        runtime.use_threads(threads, self)
         self._programs: dict[str, Any] = {}
         self._methods: dict[tuple[str, str], Any] = {}
         self._tables: dict[str, Table] = {}
@@ -48,7 +48,7 @@ class ExecuTorchSession:
         if key not in self._methods:
             begin = time.perf_counter()
             if stage["file"] not in self._programs:
-                self._programs[stage["file"]] = runtime.load_program(self._folder / stage["file"], self._manifest)
+                self._programs[stage["file"]] = runtime.load_program(self._folder / stage["file"])
             self._methods[key] = runtime.load_method(self._programs[stage["file"]], *key)
             self.load_seconds += time.perf_counter() - begin
         return self._methods[key]
@@ -108,10 +108,12 @@ class ExecuTorchSession:
         self._states = {}
         self._methods.clear()
         self._programs.clear()
+        runtime.release_threads(self)
 
 
 def _checked(ids: NDArray[Any], rows: int) -> NDArray[Any]:
     """Token ids that have a row: numpy would take negative ones from the end."""
-    if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= rows):
-        raise ExportError(f"token id {int(ids.min()) if ids.min() < 0 else int(ids.max())} has no row; ids are 0 to {rows - 1}")
+    wrong = ids[(ids < 0) | (ids >= rows)]
+    if wrong.size:
+        raise CallError(f"token id {int(wrong[0])} has no row in the embedding; ids are 0 to {rows - 1}")
     return ids

@@ -64,7 +64,7 @@ class Pte:
     @cached_property
     def graphs(self) -> list[dict[str, Any]]:
         """The XNNPACK graphs of all delegates."""
-        found = {}
+        found: dict[int, None] = {}
         for plan in self.program.execution_plan:
             for delegate in plan.delegates:
                 if delegate.processed.location != DataLocation.SEGMENT:
