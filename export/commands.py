@@ -285,8 +285,27 @@ def bench(options: argparse.Namespace) -> int:
         prompt_tokens=options.prompt_tokens,
         steps=options.steps,
     )
-    _print(json.dumps(entry) if options.json else bench_table(entry))
+    prompt = entry["prefill"]["prompt_tokens"]
+    entry["operators"] = judge.measure_operators(target, bundle.path, bundle.manifest, options.threads, prompt)
+    _print(json.dumps(entry) if options.json else f"{bench_table(entry)}\n{operator_table(entry['operators'])}")
     return 0
+
+
+SHOWN_OPERATORS = 12
+
+
+def operator_table(operators: dict[str, list[dict[str, Any]]]) -> str:
+    """The slowest kinds of operators of each signature, and what is left."""
+    lines = []
+    for signature, times in operators.items():
+        whole = sum(each["seconds"] for each in times)
+        lines.append(f"\n{signature + ' by operator':<52}{'calls':>7}{'ms':>10}{'share':>8}")
+        rest = times[SHOWN_OPERATORS:]
+        rows = [(t["name"], t["calls"], t["seconds"]) for t in times[:SHOWN_OPERATORS]]
+        if rest:
+            rows.append(("others", sum(t["calls"] for t in rest), sum(t["seconds"] for t in rest)))
+        lines += [f"{n[:51]:<52}{c:>7}{1e3 * s:>10.3f}{s / whole if whole else 0:>8.1%}" for n, c, s in rows]
+    return "\n".join(lines)
 
 
 def bench_table(entry: dict[str, Any]) -> str:

@@ -86,9 +86,9 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
                     writer.path,
                     spec.max_file_layers,
                     spec.max_file_bytes,
-                    tuple(stop_ids(checkpoint, config)),
-                    writer.resumed,
-                    bar.advance,
+                    stop_token_ids=tuple(stop_ids(checkpoint, config)),
+                    resume=writer.resumed,
+                    advance=bar.advance,
                 )
             )
         for path, role in lowered.files.items():

@@ -157,7 +157,7 @@ def build(
     chosen = load_target(target)
     config = checkpoint.model_config
     quantizer = Quantizer(Weights(checkpoint, config), recipe)
-    lowered = chosen.lower(Job(config, quantizer, context, lengths, SIZES, folder, **limits))
+    lowered = chosen.lower(Job(config, quantizer, context, lengths, SIZES, folder, try_out=False, **limits))
     manifest = {
         "signatures": lowered.signatures,
         "states": lowered.states,

@@ -48,6 +48,8 @@ class Job:
     """Decoder layers a file may hold; None: any number."""
     max_file_bytes: int | None = None
     """Bytes of weights a file may hold; None: any number. One layer, or the head, is never cut."""
+    try_out: bool = True
+    """Run what was written once in a process of its own, where a runtime could crash."""
     stop_token_ids: tuple[int, ...] = ()
     """For runtimes with a config of their own that names them."""
     resume: bool = False
@@ -65,6 +67,15 @@ class Lowered:
     """Relative path -> role, for every file the target wrote."""
     session_options: dict[str, Any] = field(default_factory=dict)
     """What an app must set on its runtime, in the runtime's own words."""
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """What one kind of operator takes in one call of a signature: the median of several."""
+
+    name: str
+    calls: int
+    seconds: float
 
 
 class Session(Protocol):
@@ -118,6 +129,17 @@ class Target(Protocol):
         self, folder: Path, manifest: Mapping[str, Any], quantizer: Quantizer
     ) -> Iterator[tuple[str, Rows]]:
         """Every weight of the finished files, dequantised as the runtime will: the input of L2."""
+        ...
+
+    def operator_times(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        threads: int,
+        signature: str,
+        inputs: Mapping[str, NDArray[Any]],
+    ) -> list[OperatorTime]:
+        """Where the time of a call goes, by the runtime's own tracer; the slowest kind first."""
         ...
 
     def decode_bytes(self, folder: Path, manifest: Mapping[str, Any]) -> int:

@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-CODES: dict[int, np.dtype[Any]] = {4: np.dtype(np.uint8), 8: np.dtype(np.int8), 16: np.dtype("<f2"), 32: np.dtype("<f4")}
+CODES: dict[int, np.dtype[Any]] = {
+    4: np.dtype(np.uint8),
+    8: np.dtype(np.int8),
+    16: np.dtype("<f2"),
+    32: np.dtype("<f4"),
+}
 SCALES: dict[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 
 

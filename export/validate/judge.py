@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,19 @@ def measure_bundle(
     session.close()
     result["bandwidth"] = bandwidth_share(result["bursts"], result["decode_bytes"])
     return result
+
+
+def measure_operators(
+    target: Target, folder: Path, manifest: dict[str, Any], threads: int, start: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Where the time of `decode` behind `start` tokens, and of the longest prefill, goes by kind of operator."""
+    longest = [f"prefill_{max(manifest['prefill_lengths'])}"] if manifest["prefill_lengths"] else []
+    found = {}
+    for signature in ["decode", *longest]:
+        first = start if signature == "decode" else 0
+        inputs = latency.example_inputs(manifest, signature, first)
+        found[signature] = [asdict(t) for t in target.operator_times(folder, manifest, threads, signature, inputs)]
+    return found
 
 
 def bandwidth_share(bursts: list[dict[str, Any]], decode_bytes: int) -> dict[str, Any]:

@@ -57,6 +57,21 @@ def timed(call: Callable[[], Any], runs: int, warmups: int) -> list[float]:
     return seconds
 
 
+def example_inputs(manifest: dict[str, Any], signature: str, start: int) -> dict[str, NDArray[Any]]:
+    """Inputs of a decoder signature for a call at `start` with no padding: random rows, positions of text."""
+    inputs: dict[str, NDArray[Any]] = {}
+    for tensor in manifest["signatures"][signature]["inputs"]:
+        name, shape = tensor["name"], tensor["shape"]
+        if name == "embeddings":
+            inputs[name] = np.random.default_rng(0).standard_normal(shape).astype(tensor["dtype"]) * 0.02
+        elif name == "position_ids":
+            inputs[name] = np.tile(np.arange(start, start + shape[1], dtype=np.int32), (3, 1))
+        else:
+            rows = manifest["signatures"][signature]["inputs"][0]["shape"][1]
+            inputs[name] = np.asarray([start if name == "start" else rows], np.int32)
+    return inputs
+
+
 class Workload:
     """A prompt of random ids and the decode steps after it, on an open session.
 

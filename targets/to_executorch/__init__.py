@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from export.quantize.quantizer import Quantizer
-from targets.base import Capabilities, Job, Lowered, Rows, Session
+from targets.base import Capabilities, Job, Lowered, OperatorTime, Rows, Session
 
 
 class ExecuTorchTarget:
@@ -42,6 +44,18 @@ class ExecuTorchTarget:
         from targets.to_executorch.stored import stored_weights
 
         return stored_weights(folder, manifest, quantizer)
+
+    def operator_times(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        threads: int,
+        signature: str,
+        inputs: Mapping[str, NDArray[Any]],
+    ) -> list[OperatorTime]:
+        from targets.to_executorch.trace import operator_times
+
+        return operator_times(folder, manifest, threads, signature, inputs)
 
     def decode_bytes(self, folder: Path, manifest: Mapping[str, Any]) -> int:
         from targets.to_executorch.stored import decode_bytes

@@ -266,7 +266,7 @@ def _inputs(meta: Any) -> list[Any]:
     inputs = [torch.zeros(tuple(t.sizes()), dtype=dtypes[t.dtype()]) for t in tensors]
     numbers = [value for value in inputs if tuple(value.shape) == (1,) and not value.is_floating_point()]
     if len(numbers) == 2:
-        numbers[1].fill_(inputs[0].shape[1])
+        numbers[1].fill_(inputs[1].shape[1])  # of the positions [3, C]
     return inputs
 
 

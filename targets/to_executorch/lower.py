@@ -16,6 +16,7 @@ from export.model.state import State, cache_rows
 from targets.base import Job, Lowered
 from targets.contract import DTYPES, signatures
 from targets.to_executorch import file
+from targets.to_executorch.check import check_methods
 from targets.to_executorch.operators import Lowering, shape_of, walk
 from targets.to_executorch.pack import WeightTable
 from targets.to_executorch.program import Constants, Method, aligned, value_method
@@ -57,7 +58,7 @@ def lower(job: Job) -> Lowered:
             signature, stage = part.emit(tokens, name)
             stages.setdefault(signature, []).append(stage)
         states += part.states
-        places = file.write(job.folder / name, part.source(), job.resume)
+        places = _write(job, name, part.source())
         files[name] = "decoder"
         if HEAD in places and text.tie_word_embeddings:
             table = _table(job, name, places[HEAD], places.get(part.table_scales() or "", 0))
@@ -73,6 +74,14 @@ def lower(job: Job) -> Lowered:
         for s in states
     ]
     return Lowered(signatures(job, stages.__getitem__), described, files)
+
+
+def _write(job: Job, name: str, source: file.Source) -> dict[str, int]:
+    """Write a file and run its methods once in another process; returns where each piece of its weights is."""
+    places = file.write(job.folder / name, source, job.resume)
+    if job.try_out:
+        check_methods(job.folder / name, source, places)
+    return places
 
 
 def layer_ranges(job: Job) -> list[range]:
@@ -251,5 +260,5 @@ def _vision(job: Job) -> dict[str, list[Stage]]:
                 "outputs": {"image_embeddings": "0"},
             }
         ]
-    file.write(job.folder / VISION, file.Source(methods, [], constants, list(weights.weights.values())), job.resume)
+    _write(job, VISION, file.Source(methods, [], constants, list(weights.weights.values())))
     return stages

@@ -167,7 +167,9 @@ def _silu(low: Lowering, node: Node) -> None:
 
 
 def _gelu(low: Lowering, node: Node) -> None:
-    """XNNPACK's own is the exact form; the other is x/2 (1 + tanh u) = x sigmoid(2u), 2u = 2 sqrt(2/pi) (x + 0.044715 x³)."""
+    """XNNPACK's own is the exact form. The other is x/2 (1 + tanh u) = x sigmoid(2u) with
+    2u = 2 sqrt(2/pi) (x + 0.044715 x³).
+    """
     m, x = low.method, low.value(operands(node)[0])
     if node.kwargs.get("approximate", "none") == "none":
         low.define(node, nodes.unary(m, "Gelu", x))
@@ -297,7 +299,7 @@ def _causal_conv(low: Lowering, node: Node) -> None:
     x, weight, state, valid = operands(node)
     m = low.method
     name = low.name(weight)
-    channels, width = low.weights.quantizer.weights.parameter(name).shape
+    width = low.weights.quantizer.weights.parameter(name).shape[1]
     rows = shape_of(x)[0]
     series = nodes.concat(m, [low.values[state], low.value(x)], 0)
     low.results[node, 0] = nodes.silu(m, nodes.depthwise(m, series, low.weights.taps(name)))
@@ -372,11 +374,11 @@ def _start(low: Lowering, start: Node) -> Slot:
 
 def _real_rows(low: Lowering, node: Node) -> None:
     x, valid = operands(node)
-    m = low.method
-    rows = low.value(x)
+    m, count = low.method, shape_of(x)[0]
+    rows = low.values[x]  # as the caller gives them: a reshape would be a delegate of its own
     low.valid(valid)  # here, at the start: a kernel called within a layer would cut its delegate
-    index = m.constant(np.arange(rows.shape[0], dtype=np.int32).reshape(-1, 1))
-    real = low.kernel("aten::lt.Tensor_out", (index, low.values[valid]), (rows.shape[0], 1), "bool")
+    index = m.constant(np.arange(count, dtype=np.int32).reshape(-1, 1))
+    real = low.kernel("aten::lt.Tensor_out", (index, low.values[valid]), (count, 1), "bool")
     zero = m.constant(np.zeros((1, 1), np.float32))
     low.define(node, low.kernel("aten::where.self_out", [real, rows, zero], rows.shape))
 

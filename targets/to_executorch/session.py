@@ -19,16 +19,19 @@ from targets.base import Arrays
 from targets.contract import CallError, check_call
 from targets.table import Table
 from targets.to_executorch import runtime
+from targets.to_executorch.weight_cache import share_packed_weights
 
 
 class ExecuTorchSession:
     """Implements `targets.base.Session` for ExecuTorch with XNNPACK on the CPU."""
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> None:
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int, trace: bool = False) -> None:
         self._folder = folder
+        self._trace = trace
         self._manifest = manifest
         runtime.check_version(manifest)
         runtime.use_threads(threads, self)
+        share_packed_weights()
         self._programs: dict[str, Any] = {}
         self._methods: dict[tuple[str, str], Any] = {}
         self._tables: dict[str, Table] = {}
@@ -48,7 +51,7 @@ class ExecuTorchSession:
         if key not in self._methods:
             begin = time.perf_counter()
             if stage["file"] not in self._programs:
-                self._programs[stage["file"]] = runtime.load_program(self._folder / stage["file"])
+                self._programs[stage["file"]] = runtime.load_program(self._folder / stage["file"], self._trace)
             self._methods[key] = runtime.load_method(self._programs[stage["file"]], *key)
             self.load_seconds += time.perf_counter() - begin
         return self._methods[key]
@@ -103,6 +106,14 @@ class ExecuTorchSession:
 
     def states(self) -> Arrays:
         return {name: tensor.numpy() for name, tensor in self._states.items()}
+
+    def traces(self, folder: Path) -> list[Path]:
+        """Write what the runtime's tracer saw, one file per program."""
+        paths = []
+        for name, program in self._programs.items():
+            paths.append(folder / f"{name}.etdump")
+            program.write_etdump_result_to_file(str(paths[-1]), "")
+        return paths
 
     def close(self) -> None:
         self._states = {}

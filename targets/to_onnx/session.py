@@ -23,8 +23,11 @@ from targets.contract import check_call
 class OnnxSession:
     """Implements `targets.base.Session` for onnxruntime on the CPU."""
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> None:
+    def __init__(
+        self, folder: Path, manifest: Mapping[str, Any], threads: int, trace: Path | None = None
+    ) -> None:
         self._folder = folder
+        self._trace = trace
         self._manifest = manifest
         self._threads = threads
         self._sessions: dict[str, ort.InferenceSession] = {}
@@ -41,6 +44,9 @@ class OnnxSession:
             options.inter_op_num_threads = 1
             options.log_severity_level = 3
             options.enable_mem_pattern = False
+            if self._trace is not None:
+                options.enable_profiling = True
+                options.profile_file_prefix = str(self._trace / Path(file).stem)
             for key, value in self._manifest.get("session_options", {}).items():
                 options.add_session_config_entry(key, value)
             begin = time.perf_counter()
@@ -115,6 +121,10 @@ class OnnxSession:
 
     def states(self) -> Arrays:
         return dict(self._states)
+
+    def traces(self) -> list[Path]:
+        """Files in which the runtime's profiler wrote what it saw; it stops there."""
+        return [Path(session.end_profiling()) for session in self._sessions.values()]
 
     def close(self) -> None:
         self._bindings.clear()
