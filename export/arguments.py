@@ -79,6 +79,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     add("--num-layers", type=int, metavar="N", help="only the first N decoder layers, for experiments")
     add("--max-file-layers", type=int, metavar="N", help="cut the decoder into files of at most N layers")
     add("--max-file-size", metavar="SIZE", help="… of at most so many bytes of weights: 900M, 1.5G or a number")
+    add("--text-runner", action="store_true", help="executorch: also serve its TextLLMRunner; one more embedding")
     add("-o", "--output-dir", type=Path, metavar="DIR", help="the bundle folder itself (default: its name)")
     add("--overwrite", action="store_true", help="replace an existing bundle once the new one is complete")
     add("--resume", action="store_true", help="continue an interrupted export of the same options")
@@ -255,6 +256,7 @@ def spec_from(options: argparse.Namespace) -> ExportSpec:
         image_sizes=_image_sizes(options),
         vision=not options.no_vision,
         num_layers=options.num_layers,
+        text_runner=options.text_runner,
         max_file_layers=options.max_file_layers,
         max_file_bytes=_file_size(options.max_file_size),
         overwrite=options.overwrite,

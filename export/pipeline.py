@@ -86,6 +86,7 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
                     writer.path,
                     spec.max_file_layers,
                     spec.max_file_bytes,
+                    spec.text_runner,
                     stop_token_ids=tuple(stop_ids(checkpoint, config)),
                     resume=writer.resumed,
                     advance=bar.advance,
@@ -131,6 +132,13 @@ def check_request(spec: ExportSpec, target: Target, weights: Weights, recipe: Re
     for option, limit in limits:
         if limit is not None and not able.several_files:
             raise UsageError(f"{option} {limit}: {target.name} keeps its decoder in one file; leave the option out")
+    if spec.text_runner and not able.text_runner:
+        raise UsageError(f"--text-runner: {target.name} needs no method for it; leave the option out")
+    if spec.text_runner and (spec.max_file_layers or spec.max_file_bytes):
+        raise UsageError(
+            "--text-runner: its method holds the whole decoder, which --max-file-layers and --max-file-size cut; "
+            "leave out one of them"
+        )
     recipe.check(
         (p.name.removesuffix(".weight"), p.role, p.shape[1])
         for p in weights.parameters.values()

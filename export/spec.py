@@ -48,6 +48,8 @@ class ExportSpec:
     max_file_layers: int | None = None
     max_file_bytes: int | None = None
     """Limits of one decoder file: layers, and bytes of weights."""
+    text_runner: bool = False
+    """Also serve the runtime's own runner of text models."""
     output: Path = Path("bundle")
     overwrite: bool = False
     resume: bool = False

@@ -28,6 +28,8 @@ class Capabilities:
     """Groups along the input features at 4 bits; 8 bits are per output channel everywhere."""
     asymmetric: bool
     """Zero points at 4 bits. Without them an asymmetric recipe is refused."""
+    text_runner: bool
+    """The runtime has a runner of text models that wants a method of its own in the bundle."""
     several_files: bool
     """The decoder can be cut at layer boundaries. Without it, limits of a file are refused."""
     activations: Mapping[int, str]
@@ -48,6 +50,8 @@ class Job:
     """Decoder layers a file may hold; None: any number."""
     max_file_bytes: int | None = None
     """Bytes of weights a file may hold; None: any number. One layer, or the head, is never cut."""
+    text_runner: bool = False
+    """Also write what the runtime's own runner of text models calls."""
     try_out: bool = True
     """Run what was written once in a process of its own, where a runtime could crash."""
     stop_token_ids: tuple[int, ...] = ()

@@ -22,6 +22,7 @@ class ExecuTorchTarget:
         bits=frozenset({4, 8, 32}),
         group_sizes=frozenset({32, 64, 128}),
         asymmetric=False,  # XNNPACK's blockwise int4 has one zero point for all: 8
+        text_runner=True,
         several_files=True,
         activations={4: "int8", 8: "int8", 32: "float32"},  # int8 per row, found while running
     )

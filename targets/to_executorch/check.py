@@ -245,8 +245,9 @@ def _runtime() -> Any:
     from targets.to_executorch.weight_cache import share_packed_weights
 
     (package,) = importlib.util.find_spec("executorch").submodule_search_locations  # type: ignore[union-attr,misc]
-    (kernels,) = (Path(package) / "extension" / "llm" / "custom_ops").glob("*custom_ops_aot_lib.*")
-    torch.ops.load_library(kernels)
+    for place in ("extension/llm/custom_ops/*custom_ops_aot_lib.*", "kernels/quantized/*quantized_ops_aot_lib.*"):
+        (kernels,) = Path(package).glob(place)
+        torch.ops.load_library(kernels)
     share_packed_weights()
     return _C
 

@@ -15,7 +15,7 @@ from export.model import trace
 from export.model.state import State, cache_rows
 from targets.base import Job, Lowered
 from targets.contract import DTYPES, signatures
-from targets.to_executorch import file
+from targets.to_executorch import file, text_runner
 from targets.to_executorch.check import check_methods
 from targets.to_executorch.operators import Lowering, shape_of, walk
 from targets.to_executorch.pack import WeightTable
@@ -58,6 +58,8 @@ def lower(job: Job) -> Lowered:
             signature, stage = part.emit(tokens, name)
             stages.setdefault(signature, []).append(stage)
         states += part.states
+        if job.text_runner:
+            part.emit_text_runner()
         places = _write(job, name, part.source())
         files[name] = "decoder"
         if HEAD in places and text.tie_word_embeddings:
@@ -126,6 +128,7 @@ class _Part:
         self._constants = Constants()
         self._weights = WeightTable(job.quantizer, job.advance)
         self._methods: list[Method] = []
+        self._states_end = 0
         self.states: tuple[State, ...] = ()
 
     def emit(self, tokens: int, name: str) -> tuple[str, Stage]:
@@ -162,6 +165,7 @@ class _Part:
                 method.output(low.view(low.values[node], state_shape(state)), offset)
                 offset += aligned(4 * int(np.prod(state_shape(state))))
                 bindings[state.name] = {**binding, "in_place": True}
+        self._states_end = offset
         output = "logits" if self._last else f"hidden_{self._number + 1}"
         return program.signature, {
             "kind": "graph",
@@ -171,6 +175,23 @@ class _Part:
             "outputs": {output: "0"},
             "states": bindings,
         }
+
+    def emit_text_runner(self) -> None:
+        """Add `forward`, which keeps its states itself; see `text_runner`."""
+        program = trace.trace_decoder(self._job.config, self._rows, 1)
+        method = Method(text_runner.NAME, self._constants)
+        self._methods.append(method)
+        low = Lowering(method, program, self._weights)
+        nodes = list(program.exported.graph.nodes)
+        free = [n for n in nodes if n.op == "placeholder" and program.parameter(n.name) is None]
+        shapes = [state_shape(state) for state in program.states]
+        text_runner.define_inputs(low, free, program, self._states_end, shapes)
+        walk(low)
+        results = list(next(n for n in nodes if n.op == "output").args[0])
+        method.output(low.value(results[0]))
+        for placeholder, node, state in zip(free[3:], results[1:], program.states, strict=True):
+            if state.kind not in KV:
+                method.replace(low.buffers[placeholder], low.view(low.values[node], state_shape(state)))
 
     def table_scales(self) -> str | None:
         """Piece that holds the scales of the head as a table wants them."""

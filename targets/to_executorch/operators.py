@@ -44,6 +44,8 @@ class Lowering:
         self.weights = weights
         self.values: dict[Node, Tensor] = {}
         self.results: dict[tuple[Node, int], Tensor] = {}
+        self.buffers: dict[Node, Tensor] = {}
+        """States that the method keeps itself, by their placeholder."""
         self._shared: dict[str, Any] = {}
         self._reshaped: dict[tuple[Tensor, Shape], Tensor] = {}
 
@@ -357,10 +359,10 @@ def _cached_attention(low: Lowering, node: Node) -> None:
     query = low.value(q, (1, *shape_of(q)))
     rows = [low.value(x, (1, *shape_of(x))) for x in (k, v)]
     first: Slot = low.once("start", lambda: _start(low, start))
-    for row, cache in zip(rows, (low.values[key_cache], low.values[value_cache]), strict=True):
+    caches = low.values[key_cache], low.values[value_cache]
+    for row, cache in zip(rows, caches, strict=True):
         m.kernel("llama::update_cache.out", [row, cache, first], [Tensor((1,))])
     null, none, causal = m.scalar(None), m.scalar(0.0), m.scalar(True)
-    caches = low.values[key_cache], low.values[value_cache]
     arguments: list[Tensor | Slot] = [query, *caches, first, null, none, causal, m.scalar(scale)]
     low.results[node, 0] = low.kernel("llama::custom_sdpa.out", arguments, query.shape)
     low.results[node, 1], low.results[node, 2] = rows

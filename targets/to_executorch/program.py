@@ -22,7 +22,14 @@ from targets.to_executorch.xnnpack import BACKEND, Delegate, Shape, Tensor
 ALIGNMENT = 64
 TEMPORARY, STATES = 1, 2
 """Arenas; 0 is the runtime's name for constants."""
-SCALARS = {"float32": ScalarType.FLOAT, "int32": ScalarType.INT, "int64": ScalarType.LONG, "bool": ScalarType.BOOL}
+SCALARS = {
+    "float32": ScalarType.FLOAT,
+    "int32": ScalarType.INT,
+    "int64": ScalarType.LONG,
+    "int8": ScalarType.CHAR,
+    "uint8": ScalarType.BYTE,
+    "bool": ScalarType.BOOL,
+}
 Slot = int
 
 
@@ -84,6 +91,16 @@ class Method:
         tensor = Tensor(shape, dtype)
         self._inputs.append(self.slot(tensor))
         return tensor
+
+    def buffer(self, shape: Shape, offset: int) -> Tensor:
+        """A tensor that keeps its contents between calls, at a place of its own in the arena of states."""
+        tensor = Tensor(shape)
+        self._state_at[self.slot(tensor)] = offset
+        return tensor
+
+    def replace(self, buffer: Tensor, tensor: Tensor) -> None:
+        """Let a computed tensor lie where a buffer is: it is what the next call finds there."""
+        self._state_at[self.slot(tensor)] = self._state_at[self.slot(buffer)]
 
     def constant(self, array: NDArray[Any], name: str | None = None) -> Tensor:
         """A tensor that the program holds; `name` says which parameter of the model it is."""

@@ -22,6 +22,7 @@ class OnnxTarget:
         bits=frozenset({4, 8, 32}),
         group_sizes=frozenset({32, 64, 128}),
         asymmetric=True,
+        text_runner=False,  # genai.onnx is always there: it costs nothing
         several_files=False,
         activations={4: "int8", 8: "int8", 32: "float32"},  # MatMulNBits with accuracy_level 4
     )
