@@ -151,7 +151,7 @@ def build(
     *,
     context: int = CONTEXT,
     lengths: tuple[int, ...] = LENGTHS,
-    **limits: int,
+    **limits: Any,
 ) -> tuple[Lowered, dict[str, Any], Quantizer]:
     """Lower a checkpoint; the manifest holds what sessions and the ladder read of it."""
     chosen = load_target(target)
@@ -171,7 +171,7 @@ def build(
 
 
 def climb_l1(
-    checkpoint: Any, folder: Path, target: str = "onnx", *, lengths: tuple[int, ...] = LENGTHS, **limits: int
+    checkpoint: Any, folder: Path, target: str = "onnx", *, lengths: tuple[int, ...] = LENGTHS, **limits: Any
 ) -> Rung:
     """Lower without quantisation and compare with our modules."""
     _, manifest, quantizer = build(checkpoint, folder, Recipe.unquantised(), target, lengths=lengths, **limits)

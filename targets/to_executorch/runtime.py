@@ -39,7 +39,7 @@ def library() -> Any:
     """
     with quiet_imports():
         try:
-            import executorch.kernels.quantized  # registers the gathers of `text_runner`
+            import executorch.kernels.quantized  # noqa: F401  the gathers of `text_runner`
             from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401  llama::custom_sdpa and others
             from executorch.extension.pybindings import portable_lib
         except (ImportError, OSError) as error:

@@ -73,17 +73,21 @@ class Pte:
         return _graphs([bytes(self.segment(index)) for index in found])
 
     def constants(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Constants of the program that are parameters of the model, by name."""
+        """Constants of the program that are parameters of the model, by name: each place that one is read from."""
         where = self.program.constant_segment
         data = self.segment(where.segment_index)
+        done = set()
         for plan in self.program.execution_plan:
             for value in plan.values:
                 tensor = value.val
                 if not isinstance(tensor, Tensor) or not tensor.data_buffer_idx or tensor.extra_tensor_info is None:
                     continue
                 first = where.offsets[tensor.data_buffer_idx]
-                array = np.frombuffer(data, np.float32, int(np.prod(tensor.sizes)), first)
-                yield str(tensor.extra_tensor_info.fully_qualified_name), array.reshape(tensor.sizes)
+                name = str(tensor.extra_tensor_info.fully_qualified_name)
+                if (name, first) not in done:
+                    done.add((name, first))
+                    array = np.frombuffer(data, np.float32, int(np.prod(tensor.sizes)), first)
+                    yield name, array.reshape(tensor.sizes)
 
 
 def _graphs(blobs: list[bytes]) -> list[dict[str, Any]]:
@@ -114,10 +118,8 @@ def stored_weights(folder: Path, manifest: Mapping[str, Any], quantizer: Quantiz
         pte = Pte(folder / file)
         done: set[str] = set()
         for name, array in pte.constants():
-            if name not in done:
-                done.add(name)
-                _check(name, known, file)
-                yield name, (0, torch.from_numpy(array.copy()))
+            _check(name, known, file)
+            yield name, (0, torch.from_numpy(array.copy()))
         for graph in pte.graphs:
             for value in graph["xvalues"]:
                 key = _key(graph, _tensor(value)["constant_buffer_idx"])
@@ -171,7 +173,13 @@ def _filter(pte: Pte, graph: Mapping[str, Any], value: Mapping[str, Any], name: 
     elif datatype == "xnn_datatype_qbint4":
         codes = data.reshape(dims[0], dims[1] // 2)
         wide = scales.view(np.uint16).astype(np.uint32) << np.uint32(16)  # bfloat16 is the upper half of float32
-        factors = wide.view(np.float32).reshape(dims[0], dims[1] // params["group_size"])
+        group = params["group_size"]
+        if wide.size * group != dims[0] * dims[1]:
+            raise BundleError(
+                f"{pte.path.name} declares groups of {group} for {name} {dims}, but holds {wide.size} scales; "
+                "export the bundle anew"
+            )
+        factors = wide.view(np.float32).reshape(dims[0], dims[1] // group)
     else:
         raise BundleError(f"{pte.path.name} stores {name} as {datatype}, which no recipe gives; export it anew")
     for start in range(0, dims[0], ROWS):

@@ -7,13 +7,17 @@ an argument of the delegate, so that no released memory is ever read (docs/decis
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
-from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import serialize_xnnpack_binary
+from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize as serializer
 
 BACKEND = "XnnpackBackend"
 MAX_DIMENSIONS = 6
@@ -164,11 +168,48 @@ class Delegate:
             output_ids=[self._ids[tensor] for tensor in self.outputs],
             constant_data=data,
         )
-        return bytes(serialize_xnnpack_binary(graph, bytearray()))
+        return _binary(graph)
 
     def filters(self) -> Sequence[Filter]:
         """Weights the delegate reads."""
         return list(self._filters)
+
+
+_UNIONS = {"xnode_union", "xvalue_union", "quant_params"}
+"""Fields of the schema that say of what kind they are in a second field."""
+
+
+def _binary(graph: Any) -> bytes:
+    """The graph as `serialize_xnnpack_binary` writes it, by a JSON encoder that does not ask for type hints anew at
+    every object: that took two thirds of a lowering.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        schema_path, json_path = Path(folder, "schema.fbs"), Path(folder, "graph.json")
+        schema_path.write_bytes(serializer._get_schema_bytes())
+        json_path.write_text(json.dumps(_plain(graph)), encoding="ascii")
+        serializer._flatc_compile(folder, str(schema_path), str(json_path))
+        flatbuffer = Path(folder, "graph.bin").read_bytes()
+    align = serializer.CONSTANT_TENSOR_ALIGNMENT
+    start = serializer._aligned_size(serializer.XNNHeader.EXPECTED_LENGTH, align)
+    end = start + serializer._aligned_size(len(flatbuffer), align)
+    header = serializer.XNNHeader(start, len(flatbuffer), end, 0).to_bytes()
+    return bytes(header.ljust(start, b"\0") + flatbuffer.ljust(end - start, b"\0"))
+
+
+def _plain(value: Any) -> Any:
+    """Objects of the schema as dictionaries; absent ones are left out."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if not is_dataclass(value):
+        return int(value) if isinstance(value, IntEnum) else value
+    fields: dict[str, Any] = {}
+    for name, each in vars(value).items():
+        if each is None:
+            continue
+        if name in _UNIONS:
+            fields[f"{name}_type"] = type(each).__name__
+        fields[name] = _plain(each)
+    return fields
 
 
 def _number(value: float) -> float | str:
