@@ -470,6 +470,15 @@ def in_bfloat16(piece: str, data: bytes) -> bytes:
     return (wide >> np.uint32(16)).astype(np.uint16).tobytes()
 
 
+def other_constants(right: Any) -> Any:
+    """The norms of one method are not those of the others."""
+
+    def wrong(self: Method, array: Any, name: str | None = None) -> Any:
+        return right(self, array + 1 if name and self.name != "decode_step" else array, name)
+
+    return wrong
+
+
 def exchanged_places(right: Any) -> Any:
     """Two matrices of one size, each where the other belongs."""
     k, v = (f"decoder.layers.3.mixer.{name}.weight" for name in "kv")
@@ -495,6 +504,7 @@ L2: dict[str, Fault] = {
     "zero-centred norm without one": transform("plus_one", "none"),
     "positions of another image size": replaced(operators, "resample_positions", first_answer),
     "dt bias left out": replaced(operators, "_bias_of_gates", lambda right: lambda node: None),
+    "norms of another model in one method": replaced(Method, "constant", other_constants),
     "keys and values exchanged in the file": replaced(file, "_stream", exchanged_places),
 }
 
