@@ -177,6 +177,7 @@ def update(bundle: Bundle, report: dict[str, Any]) -> None:
 
     from export.report import card
     from export.validate import judge
+    from targets import load_target
 
     with BundleWriter(bundle.path, {"update": bundle.manifest["name"]}, overwrite=True, resume=False) as writer:
         manifest = dict(bundle.manifest)
@@ -188,7 +189,8 @@ def update(bundle: Bundle, report: dict[str, Any]) -> None:
                 shutil.copyfile(bundle.file(entry["path"]), target)
         manifest["status"] = "validated" if report["passed"] else "unvalidated"
         judge.write_reports(writer, manifest, report)
-        writer.add("README.md", "card").write_text(card.render(manifest, report), encoding="utf-8")
+        loading = load_target(manifest["target"]["name"]).loading
+        writer.add("README.md", "card").write_text(card.render(manifest, report, loading), encoding="utf-8")
         writer.commit(manifest, accepted=True)
 
 

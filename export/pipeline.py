@@ -103,7 +103,7 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
             passed = report["passed"]
             with progress.stage("report"):
                 judge.write_reports(writer, manifest, report)
-        writer.add("README.md", "card").write_text(card.render(manifest, report), encoding="utf-8")
+        writer.add("README.md", "card").write_text(card.render(manifest, report, target.loading), encoding="utf-8")
         manifest["status"] = "validated" if report is not None and passed else "unvalidated"
         final = writer.commit(manifest, accepted=passed)
     if not passed and report is not None:

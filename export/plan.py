@@ -95,7 +95,7 @@ def make(spec: ExportSpec) -> Plan:
     recipe.check(
         (name, role_of(name, tied), shape[1]) for name, shape in shapes.items() if role_of(name, tied) != "kept"
     )
-    roles = role_sizes(shapes, recipe, tied)
+    roles = role_sizes(shapes, recipe, tied, spec.target)
     weights = sum(role.size_bytes for role in roles)
     images = spec.image_sizes if config.vision is not None else ()
     if spec.output.exists() and not spec.overwrite:
@@ -124,7 +124,9 @@ def make(spec: ExportSpec) -> Plan:
     )
 
 
-def role_sizes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, tied: bool) -> tuple[RoleSize, ...]:
+def role_sizes(
+    shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, tied: bool, target: str
+) -> tuple[RoleSize, ...]:
     """Parameters and stored bytes per role."""
     counts: dict[str, int] = {}
     for name, shape in shapes.items():
@@ -133,18 +135,22 @@ def role_sizes(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, tied: bool
     sizes = []
     for role, count in sorted(counts.items()):
         setting = recipe.roles.get(role, Setting(32))
-        sizes.append(RoleSize(role, count, setting.bits, setting.group_size, stored_bytes(count, setting)))
+        sizes.append(RoleSize(role, count, setting.bits, setting.group_size, stored_bytes(count, setting, target)))
     return tuple(sizes)
 
 
-def stored_bytes(count: int, setting: Setting) -> int:
-    """Bytes of codes, float32 scales and zero points; 8 bits repeat their channel's scale every 128 weights."""
+SCALE_BYTES = {"onnx": 4, "executorch": 2}
+"""Of 4-bit groups: float32, bfloat16."""
+
+
+def stored_bytes(count: int, setting: Setting, target: str) -> int:
+    """Bytes of codes, scales and zero points; 8 bits repeat their channel's scale every 128 weights at most."""
     codes = count * setting.bits // 8
     if not setting.quantised:
         return codes
     groups = count // (setting.group_size or 128)
     zeros = 0 if setting.symmetric else groups * setting.bits // 8
-    return codes + 4 * groups + zeros
+    return codes + (SCALE_BYTES[target] if setting.bits == 4 else 4) * groups + zeros
 
 
 def state_bytes(config: ModelConfig, spec: ExportSpec) -> int:
@@ -173,6 +179,8 @@ def peak_bytes(
         if setting.quantised:
             scales = max(scales, 4 * math.prod(shape) // (setting.group_size or 128))
     peak = RUNTIME_BYTES + SCALE_COPIES * scales
+    if spec.target == "executorch" and spec.skip_validation:
+        peak += RUNTIME_BYTES + weight_bytes  # of the process that tries every method out
     if not spec.skip_validation:
         # The bundle's runtime holds all weights, next to one fp32 layer of the reference and both states.
         layers: dict[str, int] = {}

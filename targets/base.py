@@ -119,6 +119,8 @@ class Target(Protocol):
     name: str
     runtime: str
     min_version: str
+    loading: str
+    """What an app must link and call, for the model card."""
     capabilities: Capabilities
 
     def lower(self, job: Job) -> Lowered:

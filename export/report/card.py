@@ -21,6 +21,9 @@ recipe `{{ m.quantization.recipe }}`, context {{ m.context_length }}, prefill {{
 
 Read `manifest.json` to find out what is inside; it is the contract of this folder.
 
+**To load it:** {{ loading }}
+
+
 | role | bits | group |
 |---|---|---|
 {% for role, s in m.quantization.roles.items() -%}
@@ -57,7 +60,7 @@ def gate(check: dict[str, Any]) -> str:
     return f"{'≥' if check['at_least'] else '≤'} {check['limit']:g}"
 
 
-def render(manifest: dict[str, Any], report: dict[str, Any] | None) -> str:
-    """Markdown of the card; deterministic but for measured numbers."""
+def render(manifest: dict[str, Any], report: dict[str, Any] | None, loading: str) -> str:
+    """Markdown of the card; deterministic but for measured numbers. `loading` is the target's."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(TEMPLATE).render(m=manifest, report=report, number=number, gate=gate)
+    return environment.from_string(TEMPLATE).render(m=manifest, report=report, loading=loading, number=number, gate=gate)

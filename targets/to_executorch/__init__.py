@@ -18,6 +18,13 @@ class ExecuTorchTarget:
     name = "executorch"
     runtime = "executorch"
     min_version = "1.4.1"
+    loading = (
+        "ExecuTorch with XNNPACK, the portable or optimized kernels and the LLM kernels (`llama::custom_sdpa`, "
+        "`llama::update_cache`): the published Android and Apple packages have them all. A stage's `entry` is the "
+        "method to call. States are arguments: pass convolution and recurrent states back as they come out, write "
+        "the new rows of keys and values into your own buffers. Exported with `--text-runner`, `forward` serves "
+        "ExecuTorch's TextLLMRunner."
+    )
     capabilities = Capabilities(
         bits=frozenset({4, 8, 32}),
         group_sizes=frozenset({32, 64, 128}),

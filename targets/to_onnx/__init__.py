@@ -18,6 +18,10 @@ class OnnxTarget:
     name = "onnx"
     runtime = "onnxruntime"
     min_version = "1.32.0"
+    loading = (
+        "onnxruntime with its CPU kernels of com.microsoft; set `session_options` of the manifest. For text, "
+        "onnxruntime-genai loads the folder too (`genai_config.json`)."
+    )
     capabilities = Capabilities(
         bits=frozenset({4, 8, 32}),
         group_sizes=frozenset({32, 64, 128}),
