@@ -63,4 +63,5 @@ def gate(check: dict[str, Any]) -> str:
 def render(manifest: dict[str, Any], report: dict[str, Any] | None, loading: str) -> str:
     """Markdown of the card; deterministic but for measured numbers. `loading` is the target's."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(TEMPLATE).render(m=manifest, report=report, loading=loading, number=number, gate=gate)
+    values = {"m": manifest, "report": report, "loading": loading}
+    return environment.from_string(TEMPLATE).render(number=number, gate=gate, **values)
