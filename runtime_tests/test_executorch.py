@@ -14,7 +14,7 @@ import torch
 
 from export.quantize.recipe import Recipe, load_recipe
 from export.spec import ExportError
-from export.validate.ladder import Case, l2
+from export.validate.ladder import Case, climb, file_layers, l2
 from runtime_tests.conftest import VARIANTS, MemoryCheckpoint, build, climb_l1, variant
 from targets import load_target
 from targets.to_executorch import lower, operators, runtime
@@ -109,26 +109,35 @@ def read_external(folder: Path, tensor: onnx.TensorProto) -> Any:
 
 # -- several files ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("limits", [{"max_file_layers": 3}, {"max_file_bytes": 300_000}], ids=["layers", "bytes"])
-def test_a_decoder_of_several_files_and_an_untied_head(limits: dict[str, int], tmp_path: Path) -> None:
+def test_a_decoder_of_several_files_and_an_untied_head(
+    limits: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """L1 to L3 in fp32, L2 in int4; L1 cuts its own lowering as the manifest's files are cut."""
+    monkeypatch.setattr(lower, "check_methods", lambda *files: None)  # seconds for each, and tested elsewhere
     checkpoint = MemoryCheckpoint(VARIANTS["equal-heads-untied"])
-    rung = climb_l1(checkpoint, tmp_path, NAME, lengths=(16,), **limits)
-    assert rung.status == "PASS", [c for c in rung.checks if c.status == "FAIL"]
-    files = sorted(path.name for path in tmp_path.glob("decoder*.pte"))
-    recipe = load_recipe("int4", 32)
-    folder = tmp_path / "int4"
-    folder.mkdir()
-    _, manifest, _ = build(checkpoint, folder, recipe, NAME, lengths=(16,), **limits)
-    case = Case(checkpoint, checkpoint.model_config, recipe, load_target(NAME), folder, manifest, 1)
-    assert l2(case).status == "PASS"
-    stages = manifest["signatures"]["decode"]["stages"]
-    if "max_file_layers" in limits:
-        assert files == ["decoder_0.pte", "decoder_1.pte"]
+    for recipe, rungs in ((Recipe.unquantised(), ("L1", "L2", "L3")), (load_recipe("int4", 32), ("L2",))):
+        folder = tmp_path / recipe.name
+        folder.mkdir()
+        _, manifest, _ = build(checkpoint, folder, recipe, NAME, lengths=(16,), **limits)
+        case = Case(checkpoint, checkpoint.model_config, recipe, load_target(NAME), folder, manifest, 1)
+        for rung in climb(case, rungs):
+            assert rung.status == "PASS", [c for c in rung.checks if c.status == "FAIL"]
+        stages = manifest["signatures"]["decode"]["stages"]
         layers = [{int(name.split("_")[1]) for name in stage["states"]} for stage in stages]
-        assert layers == [{0, 1, 2}, {3}]
-    else:
-        assert len(files) > 2
-        assert all(sum(len(pte.named(k)) for k in pte._named if not k.startswith("small")) <= 300_000 + 2**15
-                   for pte in (Pte(folder / stage["file"]) for stage in stages))
+        if "max_file_layers" in limits:
+            assert layers == [{0, 1, 2}, {3}]
+            assert file_layers(manifest) == 3
+        else:
+            files = [Pte(folder / stage["file"]) for stage in stages]
+            for pte, found in zip(files, layers, strict=True):
+                assert weight_bytes(pte) <= 300_000 or len(found) <= 1, "one layer is never cut"
+            assert len(files) == (5 if recipe.name == "fp32" else 2)
+    manifest["signatures"]["decode"]["stages"] = stages[:1]
+    assert file_layers(manifest) is None
+
+
+def weight_bytes(pte: Pte) -> int:
+    return sum(len(pte.named(key)) for key in pte._named if not key.startswith("small:"))
 
 
 def test_a_head_larger_than_a_file_gets_its_own(tmp_path: Path) -> None:

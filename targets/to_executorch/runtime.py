@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,6 +65,20 @@ def quiet_imports() -> Iterator[None]:
         logging.disable(disabled)
 
 
+@contextmanager
+def _quiet_processors() -> Iterator[None]:
+    """The pool writes to stderr which files about processors it did not find; no level of logging stops it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 _open_sessions: WeakSet[Any] = WeakSet()
 """Whose methods point into the runtime's pool of threads, which is one for the process."""
 
@@ -74,14 +90,16 @@ def use_threads(count: int, session: Any) -> None:
         ExportError: another open session was given another number.
     """
     runtime = library()
-    present = runtime._threadpool_get_thread_count()
+    with _quiet_processors():
+        present = runtime._threadpool_get_thread_count()
     if present != count:
         if _open_sessions:
             raise ExportError(
                 f"ExecuTorch has one pool of threads for the process, and an open session uses {present}; "
                 f"close it before opening one with {count}"
             )
-        runtime._unsafe_reset_threadpool(count)
+        with _quiet_processors():
+            runtime._unsafe_reset_threadpool(count)
     _open_sessions.add(session)
 
 
