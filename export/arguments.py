@@ -15,9 +15,8 @@ from typing import NoReturn
 
 from export.sizes import SIZES, TINY
 from export.spec import ExportSpec, UsageError
+from targets import TARGETS
 
-TARGETS = ("onnx", "executorch")
-"""Names of `targets.TARGETS`, which cannot be imported without torch; a test compares them."""
 DEFAULT_PREFILL: Mapping[str, tuple[int, ...]] = {TINY: (64,)}
 DEFAULT_IMAGES: Mapping[str, tuple[tuple[int, int], ...]] = {TINY: ((64, 64), (64, 96), (96, 64))}
 PIXELS_PER_TOKEN = 32
@@ -78,7 +77,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     add("--no-vision", action="store_true", help="leave the vision encoder out")
     add("--num-layers", type=int, metavar="N", help="only the first N decoder layers, for experiments")
     add("--max-file-layers", type=int, metavar="N", help="cut the decoder into files of at most N layers")
-    add("--max-file-size", metavar="SIZE", help="… of at most so many bytes of weights: 900M, 1.5G or a number")
+    add("--max-file-size", metavar="SIZE", help="… of at most so many bytes: 900M, 1.5G or a number")
     add("--text-runner", action="store_true", help="executorch: also serve its TextLLMRunner; one more embedding")
     add("-o", "--output-dir", type=Path, metavar="DIR", help="the bundle folder itself (default: its name)")
     add("--overwrite", action="store_true", help="replace an existing bundle once the new one is complete")
@@ -232,7 +231,7 @@ def spec_from(options: argparse.Namespace) -> ExportSpec:
     Raises:
         UsageError: naming option, value, rule and remedy.
     """
-    _choice("--target", options.target, TARGETS)
+    _choice("--target", options.target, tuple(TARGETS))
     _choice("--size", options.size, tuple(SIZES))
     check_bundle_options(options)
     _check_source(options)

@@ -84,9 +84,9 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
                     spec.prefill_lengths,
                     sizes,
                     writer.path,
-                    spec.max_file_layers,
-                    spec.max_file_bytes,
-                    spec.text_runner,
+                    max_file_layers=spec.max_file_layers,
+                    max_file_bytes=spec.max_file_bytes,
+                    text_runner=spec.text_runner,
                     stop_token_ids=tuple(stop_ids(checkpoint, config)),
                     resume=writer.resumed,
                     advance=bar.advance,
@@ -118,27 +118,7 @@ def check_request(spec: ExportSpec, target: Target, weights: Weights, recipe: Re
     Raises:
         UsageError: naming option, value, rule and remedy.
     """
-    able = target.capabilities
-    for role, setting in recipe.roles.items():
-        if setting.bits not in able.bits:
-            raise UsageError(
-                f"{target.name} cannot store role {role!r} in {setting.bits} bits; it can {sorted(able.bits)}"
-            )
-        if not setting.symmetric and not able.asymmetric:
-            raise UsageError(
-                f"{target.name} has no zero points at 4 bits; recipe {recipe.name} needs them: choose another"
-            )
-    limits = (("--max-file-layers", spec.max_file_layers), ("--max-file-size", spec.max_file_bytes))
-    for option, limit in limits:
-        if limit is not None and not able.several_files:
-            raise UsageError(f"{option} {limit}: {target.name} keeps its decoder in one file; leave the option out")
-    if spec.text_runner and not able.text_runner:
-        raise UsageError(f"--text-runner: {target.name} needs no method for it; leave the option out")
-    if spec.text_runner and (spec.max_file_layers or spec.max_file_bytes):
-        raise UsageError(
-            "--text-runner: its method holds the whole decoder, which --max-file-layers and --max-file-size cut; "
-            "leave out one of them"
-        )
+    target.capabilities.check(target.name, spec, recipe)
     recipe.check(
         (p.name.removesuffix(".weight"), p.role, p.shape[1])
         for p in weights.parameters.values()

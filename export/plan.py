@@ -19,6 +19,7 @@ from export.model.config import FULL, ModelConfig
 from export.quantize.recipe import Recipe, Setting, load_recipe
 from export.sizes import SIZES, TINY, check_size, hub_id, shipped_tiny
 from export.spec import ExportSpec, UsageError
+from targets import describe_target
 
 # Host memory of an export on x86-64 without validation: 0.35 GiB for tiny, 0.53 for 0.8B, 0.55 for four layers
 # of 9B (docs/LOG.md); tiny with validation 1.49.
@@ -90,13 +91,18 @@ def make(spec: ExportSpec) -> Plan:
     if not spec.vision:
         config = config.without_vision()
     tied = config.text.tie_word_embeddings
-    recipe = load_recipe(spec.recipe, spec.group_size).for_model(tied)
+    able = describe_target(spec.target).capabilities
+    recipe = load_recipe(spec.recipe, spec.group_size)
+    able.check(spec.target, spec, recipe)
+    recipe = recipe.for_model(tied)
     shapes = expected(config)
     recipe.check(
         (name, role_of(name, tied), shape[1]) for name, shape in shapes.items() if role_of(name, tied) != "kept"
     )
-    roles = role_sizes(shapes, recipe, tied, spec.target)
+    roles = role_sizes(shapes, recipe, tied, able.scale_bytes)
     weights = sum(role.size_bytes for role in roles)
+    if spec.text_runner:  # whose kernel wants an embedding of its own, with float32 scales
+        weights += stored_bytes(config.text.vocab_size * config.text.hidden_size, recipe.roles["embedding"], 4)
     images = spec.image_sizes if config.vision is not None else ()
     if spec.output.exists() and not spec.overwrite:
         notes += (f"{spec.output} exists: the export will need --overwrite or another -o",)
@@ -125,7 +131,7 @@ def make(spec: ExportSpec) -> Plan:
 
 
 def role_sizes(
-    shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, tied: bool, target: str
+    shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, tied: bool, scale_bytes: int
 ) -> tuple[RoleSize, ...]:
     """Parameters and stored bytes per role."""
     counts: dict[str, int] = {}
@@ -135,22 +141,18 @@ def role_sizes(
     sizes = []
     for role, count in sorted(counts.items()):
         setting = recipe.roles.get(role, Setting(32))
-        sizes.append(RoleSize(role, count, setting.bits, setting.group_size, stored_bytes(count, setting, target)))
+        sizes.append(RoleSize(role, count, setting.bits, setting.group_size, stored_bytes(count, setting, scale_bytes)))
     return tuple(sizes)
 
 
-SCALE_BYTES = {"onnx": 4, "executorch": 2}
-"""Of 4-bit groups: float32, bfloat16."""
-
-
-def stored_bytes(count: int, setting: Setting, target: str) -> int:
+def stored_bytes(count: int, setting: Setting, scale_bytes: int) -> int:
     """Bytes of codes, scales and zero points; 8 bits repeat their channel's scale every 128 weights at most."""
     codes = count * setting.bits // 8
     if not setting.quantised:
         return codes
     groups = count // (setting.group_size or 128)
     zeros = 0 if setting.symmetric else groups * setting.bits // 8
-    return codes + (SCALE_BYTES[target] if setting.bits == 4 else 4) * groups + zeros
+    return codes + (scale_bytes if setting.bits == 4 else 4) * groups + zeros
 
 
 def state_bytes(config: ModelConfig, spec: ExportSpec) -> int:

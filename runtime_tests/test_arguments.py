@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import targets
 from export import arguments, plan
 from export.__main__ import main
 from export.checkpoint.weights import parameters
@@ -50,6 +51,9 @@ USAGE = {
     f"{ONNX} tiny --prefill-lengths 64,2048": r"2048: longer than --context-length 1024; lengthen the context",
     f"{ONNX} tiny --prefill-lengths 1": r"--prefill-lengths 1: a chunk has at least 2 tokens",
     f"{ONNX} tiny --prefill-lengths 64;": r"--prefill-lengths 64;: give numbers separated by commas",
+    f"{ONNX} tiny --max-file-size x": r"--max-file-size x: give a size such as 900M, 1.5G or a number of bytes",
+    f"{ONNX} tiny --max-file-size 0": r"--max-file-size 0: give a size such as 900M",
+    f"{ONNX} tiny --max-file-layers 0": r"--max-file-layers 0: must be 1 to 1024",
     f"{ONNX} tiny --image-sizes 100x64": r"100x64: both sides must be multiples of 32, .*; try 96x64",
     f"{ONNX} tiny --image-sizes 0x64": r"0x64: both sides must be multiples of 32, .*; try 32x64",
     f"{ONNX} tiny --image-sizes big": r"--image-sizes big: give HEIGHTxWIDTH in pixels",
@@ -228,8 +232,30 @@ def _seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def test_targets_are_those_of_the_registry() -> None:
-    assert tuple(TARGETS) == arguments.TARGETS
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_a_missing_package_is_named_with_its_extra(
+    target: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(targets, "find_spec", lambda name: None)
+    assert main(["--target", target, "--size", "tiny", "-o", str(tmp_path / "b")]) == 1
+    assert f"install it with pip install 'qwen35-mobile[{target}]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("executorch 0.8b --recipe int4-asym", "executorch has no zero points at 4 bits; recipe int4-asym needs them"),
+        ("onnx 0.8b --text-runner", "--text-runner: onnx needs no method for it"),
+        ("onnx 0.8b --max-file-size 1.5G", "--max-file-size 1500000000: onnx keeps its decoder in one file"),
+        ("executorch 0.8b --text-runner --max-file-layers 2", "holds the whole decoder, which --max-file-layers cuts"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_export_would(words: str, message: str) -> None:
+    target, size, *more = words.split()
+    spec = spec_of(" ".join(["--target", target, "--size", size, "--checkpoint random", *more]))
+    with pytest.raises(UsageError, match=message):
+        plan.make(spec)
 
 
 @pytest.mark.parametrize("size", [name for name, row in SIZES.items() if row.config])

@@ -1,20 +1,26 @@
-"""What a target must offer: say what it can do, lower traced programs, open a finished bundle."""
+"""What a target must offer: say what it can do, lower traced programs, open a finished bundle. Torch-free, as every
+target's own module is: what a spec asks for is checked before anything heavy is imported.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from numpy.typing import NDArray
-from torch import Tensor
+from export.quantize.recipe import Recipe
+from export.spec import ExportSpec, UsageError
 
-from export.model.config import ModelConfig
-from export.quantize.quantizer import Quantizer
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
-Arrays = dict[str, NDArray[Any]]
-Rows = tuple[int, Tensor]
+    from export.model.config import ModelConfig
+    from export.quantize.quantizer import Quantizer
+
+Arrays: TypeAlias = "dict[str, NDArray[Any]]"
+Rows: TypeAlias = "tuple[int, Tensor]"
 """First row, float32 rows [r, K]."""
 
 
@@ -34,6 +40,39 @@ class Capabilities:
     """The decoder can be cut at layer boundaries. Without it, limits of a file are refused."""
     activations: Mapping[int, str]
     """Weight width -> dtype in which the runtime multiplies activations with such weights."""
+    scale_bytes: int
+    """Of one group's scale at 4 bits, as the files hold it."""
+
+    def check(self, target: str, spec: ExportSpec, recipe: Recipe) -> None:
+        """Refuse what the target cannot honour exactly.
+
+        Raises:
+            UsageError: naming option, value, rule and remedy.
+        """
+        for role, setting in recipe.roles.items():
+            if setting.bits not in self.bits:
+                raise UsageError(
+                    f"{target} cannot store role {role!r} in {setting.bits} bits; it can {sorted(self.bits)}"
+                )
+            if not setting.symmetric and not self.asymmetric:
+                raise UsageError(
+                    f"{target} has no zero points at 4 bits; recipe {recipe.name} needs them: choose another"
+                )
+            if setting.group_size is not None and setting.group_size not in self.group_sizes:
+                raise UsageError(
+                    f"{target} cannot store role {role!r} in groups of {setting.group_size}; "
+                    f"it can {sorted(self.group_sizes)}"
+                )
+        limits = (("--max-file-layers", spec.max_file_layers), ("--max-file-size", spec.max_file_bytes))
+        for option, limit in limits:
+            if limit is not None and not self.several_files:
+                raise UsageError(f"{option} {limit}: {target} keeps its decoder in one file; leave the option out")
+            if limit is not None and spec.text_runner:
+                raise UsageError(
+                    f"--text-runner: its method holds the whole decoder, which {option} cuts; leave out one of them"
+                )
+        if spec.text_runner and not self.text_runner:
+            raise UsageError(f"--text-runner: {target} needs no method for it; leave the option out")
 
 
 @dataclass(frozen=True)
@@ -49,7 +88,7 @@ class Job:
     max_file_layers: int | None = None
     """Decoder layers a file may hold; None: any number."""
     max_file_bytes: int | None = None
-    """Bytes of weights a file may hold; None: any number. One layer, or the head, is never cut."""
+    """Bytes of weights a decoder file may hold; None: any number. A layer or the head larger than that is refused."""
     text_runner: bool = False
     """Also write what the runtime's own runner of text models calls."""
     try_out: bool = True
@@ -110,6 +149,12 @@ class Session(Protocol):
         """The present states by name, in the manifest's shapes (do not modify)."""
         ...
 
+    def runner_logits(self, ids: Sequence[int]) -> NDArray[Any] | None:
+        """Logits [T, V] of what the runtime's own runner of text models calls, token by token from the start of a
+        conversation; None where the bundle does not serve one.
+        """
+        ...
+
     def close(self) -> None: ...
 
 
@@ -121,6 +166,8 @@ class Target(Protocol):
     min_version: str
     loading: str
     """What an app must link and call, for the model card."""
+    packages: tuple[str, ...]
+    """Python packages it needs, of the extra that has its name."""
     capabilities: Capabilities
 
     def lower(self, job: Job) -> Lowered:

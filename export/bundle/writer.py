@@ -156,6 +156,9 @@ class BundleWriter:
                 _sync(file)
             elif name != KEY:
                 file.unlink()  # a journal, or a leftover of the interrupted run
+        for folder in sorted((p for p in self.path.rglob("*") if p.is_dir()), reverse=True):
+            if not any(folder.iterdir()):
+                folder.rmdir()  # of something that was interrupted
         target = self.output if accepted else self.rejected
         # The key goes last: an interrupt up to here can still be continued.
         (self.path / KEY).unlink()

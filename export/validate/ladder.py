@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,8 @@ from targets.base import Job, Session, Target
 
 RUNGS = ("L0", "L1", "L2", "L3")
 FULL_CACHE_TOKENS = 4096
+RUNNER_TOKENS = 24
+"""Of text, from the probe, that a runtime's own runner is compared on."""
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -227,6 +230,12 @@ def file_layers(manifest: Mapping[str, Any]) -> int | None:
     return max(1, *counts) if len(counts) > 1 else None
 
 
+def _cut(manifest: Mapping[str, Any], config: ModelConfig) -> int | None:
+    """Layers of a file in L1: as in the bundle, but a bundle of several files is never lowered to one."""
+    most = file_layers(manifest)
+    return None if most is None else min(most, max(1, config.text.num_hidden_layers - 1))
+
+
 def l1(case: Case) -> Rung:
     """The lowered program without quantisation on its runtime against our modules."""
     config = shallow(case.config)
@@ -241,7 +250,13 @@ def l1(case: Case) -> Rung:
         folder = Path(scratch)
         lowered = case.target.lower(
             Job(
-                config, quantizer, context, case.prefill_lengths, case.image_sizes, folder, file_layers(case.manifest)
+                config,
+                quantizer,
+                context,
+                case.prefill_lengths,
+                case.image_sizes,
+                folder,
+                max_file_layers=_cut(case.manifest, config),
             )
         )
         manifest = {
@@ -250,8 +265,8 @@ def l1(case: Case) -> Rung:
             "states": lowered.states,
             "context_length": context,
         }
-        session = case.target.open(folder, manifest, case.threads)
-        rung = compare_lowered(session, weights, probe, plan, rows, case.prefill_lengths, case.pictures)
+        with closing(case.target.open(folder, manifest, case.threads)) as session:
+            rung = compare_lowered(session, weights, probe, plan, rows, case.prefill_lengths, case.pictures)
         rung.checks.append(check("L1.layers", config.text.num_hidden_layers))
         return rung
 
@@ -356,8 +371,12 @@ def _expected(case: Case, quantizer: Quantizer, seen: Mapping[Any, int]) -> Iter
 
 def l3(case: Case) -> Rung:
     """The shipped artifact on its runtime against transformers fp32."""
+    with closing(case.target.open(case.folder, case.manifest, case.threads)) as session:
+        return _l3(case, session)
+
+
+def _l3(case: Case, session: Session) -> Rung:
     truth, true_states = case.truth
-    session = case.target.open(case.folder, case.manifest, case.threads)
     contract = Contract.of(case.manifest)
     probe = case.probe
     rows = np.asarray(session.run("embed", {"input_ids": np.asarray([probe.ids], np.int64)})["embeddings"][0])
@@ -394,14 +413,28 @@ def l3(case: Case) -> Rung:
         value = _worst(case.true_pictures, _pictures(session, case.pictures))
         checks.append(check("L3.vision", value, f"L3.{seeing}.vision", case.gate_quality))
     series: dict[str, Any] = {"kl": [float(x) for x in kl], "rows": ends, "states": errors}
+    config = case.config
+    special = {config.image_token_id, config.vision_start_token_id, config.vision_end_token_id}
+    checks += _text_runner(session, probe, special)
     if case.drift_steps:
         checks += _drift(case, session, quality_check, series)
     if case.prompts:
         checks.append(_greedy(case, session, contract, quality_check, series))
     if case.task is not None:
         checks += _task(case, case.task, session, contract, quality_check, series)
-    session.close()
     return Rung("L3", checks, series)
+
+
+def _text_runner(session: Session, probe: Probe, special: set[int]) -> list[Check]:
+    """What the runtime's own runner would compute, against decode, where the bundle serves one."""
+    ids = [token for token in probe.ids if token not in special][:RUNNER_TOKENS]
+    found = session.runner_logits(ids)
+    if found is None:
+        return []
+    rows = np.asarray(session.run("embed", {"input_ids": np.asarray([ids], np.int64)})["embeddings"][0])
+    positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
+    logits = np.stack(replay(session, rows, positions, [(None, 1)] * len(ids), junk=0.0))
+    return [check("L3.text_runner", metrics.relative(logits, found))]
 
 
 def _drift(

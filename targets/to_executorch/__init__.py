@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
-from export.quantize.quantizer import Quantizer
 from targets.base import Capabilities, Job, Lowered, OperatorTime, Rows, Session
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from export.quantize.quantizer import Quantizer
 
 
 class ExecuTorchTarget:
@@ -22,9 +24,10 @@ class ExecuTorchTarget:
         "ExecuTorch with XNNPACK, the portable or optimized kernels and the LLM kernels (`llama::custom_sdpa`, "
         "`llama::update_cache`): the published Android and Apple packages have them all. A stage's `entry` is the "
         "method to call. States are arguments: pass convolution and recurrent states back as they come out, write "
-        "the new rows of keys and values into your own buffers. Exported with `--text-runner`, `forward` serves "
-        "ExecuTorch's TextLLMRunner."
+        "the new rows of keys and values into your own buffers, which must be writable. Exported with `--text-runner`, "
+        "`forward` serves ExecuTorch's TextLLMRunner and needs the quantized kernels (`embedding_4bit`) as well."
     )
+    packages = ("executorch",)
     capabilities = Capabilities(
         bits=frozenset({4, 8, 32}),
         group_sizes=frozenset({32, 64, 128}),
@@ -32,6 +35,7 @@ class ExecuTorchTarget:
         text_runner=True,
         several_files=True,
         activations={4: "int8", 8: "int8", 32: "float32"},  # int8 per row, found while running
+        scale_bytes=2,  # bfloat16
     )
 
     def lower(self, job: Job) -> Lowered:

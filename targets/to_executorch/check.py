@@ -55,7 +55,7 @@ def check_methods(path: Path, source: Source, places: Mapping[str, int], limit_s
     """Run all methods of `source` from the finished file that it was written to.
 
     Args:
-        places: what `file.write` returned. limit_s: seconds for each method.
+        places: what `file.write` returned. limit_s: seconds a method; all of them together have their sum.
 
     Raises:
         ExportError: a method crashed, was refused or did not come back; says which, and its delegate if it is
@@ -171,7 +171,7 @@ def _run(path: Path, names: Sequence[str], limit_s: float) -> _Failure | None:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path),
     }
-    limit = limit_s * max(len(names), 1)
+    limit = limit_s * max(1, sum(not name.startswith(("get_", "use_", "enable_")) for name in names))
     try:
         child = subprocess.run(
             command,

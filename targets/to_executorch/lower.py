@@ -13,6 +13,7 @@ import numpy as np
 
 from export.model import trace
 from export.model.state import State, cache_rows
+from export.spec import UsageError
 from targets.base import Job, Lowered
 from targets.contract import DTYPES, signatures
 from targets.to_executorch import file, text_runner
@@ -47,6 +48,8 @@ def lower(job: Job) -> Lowered:
     text = job.config.text
     rows = cache_rows(job.context_length, job.prefill_lengths)
     ranges = layer_ranges(job)
+    if job.text_runner and len(ranges) > 1:
+        raise ValueError("the text runner's method holds the whole decoder: leave out the limits of a file")
     stages: dict[str, list[Stage]] = {}
     states: list[State] = []
     files: dict[str, str] = {}
@@ -90,17 +93,28 @@ def layer_ranges(job: Job) -> list[range]:
     """Consecutive layers that share a file, as far as the job's limits allow; the last file also has the head.
 
     A head that does not fit beside any layer gets a file of its own: an empty range.
+
+    Raises:
+        UsageError: a layer or the head alone is larger than a file may be.
     """
     count = job.config.text.num_hidden_layers
     most_layers, most_bytes = job.max_file_layers or count, job.max_file_bytes or 2**63
     sizes = [stored_bytes(job, f"decoder.layers.{layer}.") for layer in range(count)]
+    head = stored_bytes(job, HEAD)
+    least = max(*sizes, head)
+    if least > most_bytes:
+        what = "the head" if head == least else f"layer {sizes.index(least)}"
+        raise UsageError(
+            f"--max-file-size {most_bytes}: {what} alone has {least} bytes, and neither a layer nor the head is ever "
+            f"cut; give at least {least}"
+        )
     ranges, first = [], 0
     for layer in range(1, count):
         if layer - first == most_layers or sum(sizes[first : layer + 1]) > most_bytes:
             ranges.append(range(first, layer))
             first = layer
     ranges.append(range(first, count))
-    if sum(sizes[first:]) + stored_bytes(job, HEAD) > most_bytes:
+    if sum(sizes[first:]) + head > most_bytes:
         ranges.append(range(count, count))
     return ranges
 
@@ -117,6 +131,8 @@ def stored_bytes(job: Job, prefix: str) -> int:
             else:
                 scales = 2 * elements // setting.group_size if setting.group_size else 4 * parameter.shape[0]
                 total += elements * setting.bits // 8 + scales
+                if name == HEAD and setting.bits == 4 and job.config.text.tie_word_embeddings:
+                    total += scales  # once more, for the table
     return total
 
 
@@ -144,7 +160,7 @@ class _Part:
         free = [n for n in nodes if n.op == "placeholder" and program.parameter(n.name) is None]
         names = [f"hidden_{self._number}" if n == "embeddings" and self._number else n for n in program.inputs]
         inputs = {}
-        for place, (node, tensor) in enumerate(zip(free, names, strict=False)):
+        for place, (node, tensor) in enumerate(zip(free[: len(names)], names, strict=True)):
             shape = shape_of(node)
             if tensor.startswith("hidden"):
                 shape = shape[1:]  # rows as the file before hands them on

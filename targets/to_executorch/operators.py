@@ -103,6 +103,11 @@ class Lowering:
         tensor: Tensor = self.once("positions", lambda: self.as_float(self.values[node]))
         return tensor
 
+    def start(self, node: Node) -> Slot:
+        """`start` as a number for kernels."""
+        number: Slot = self.once("start", lambda: _start(self, node))
+        return number
+
     def valid(self, node: Node) -> Tensor:
         """`valid` as float32 [1]."""
         tensor: Tensor = self.once("valid", lambda: self.as_float(self.values[node]))
@@ -359,7 +364,7 @@ def _cached_attention(low: Lowering, node: Node) -> None:
     m = low.method
     query = low.value(q, (1, *shape_of(q)))
     rows = [low.value(x, (1, *shape_of(x))) for x in (k, v)]
-    first: Slot = low.once("start", lambda: _start(low, start))
+    first = low.start(start)
     caches = low.values[key_cache], low.values[value_cache]
     for row, cache in zip(rows, caches, strict=True):
         m.kernel("llama::update_cache.out", [row, cache, first], [Tensor((1,))])

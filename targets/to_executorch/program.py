@@ -62,6 +62,14 @@ class _Kernel:
     arguments: tuple[Slot, ...]
 
 
+@dataclass
+class _Jump:
+    """Over the calls up to `to`, unless the condition holds."""
+
+    condition: Slot
+    to: int = 0
+
+
 class Method:
     """One method under construction; `node` and `kernel` calls happen in the order they were made.
 
@@ -80,7 +88,7 @@ class Method:
         self._inputs: list[Slot] = []
         self._outputs: list[Slot] = []
         self._state_at: dict[Slot, int] = {}
-        self._calls: list[Delegate | _Kernel] = []
+        self._calls: list[Delegate | _Kernel | _Jump] = []
         self._open: Delegate | None = None
         self.label = "start"
         """Names the next delegate, for errors and traces."""
@@ -173,6 +181,13 @@ class Method:
         self._calls.append(_Kernel(operator, (*slots, *out, *(out if operator.endswith("out") else ()))))
         self.cut(f"after {operator}")
 
+    def only_if(self, condition: Slot, calls: Callable[[], None]) -> None:
+        """Make some calls of kernels that run only where a truth value holds."""
+        jump = _Jump(condition)
+        self._calls.append(jump)
+        calls()
+        jump.to = len(self._calls)
+
     def delegates(self) -> list[Delegate]:
         return [call for call in self._calls if isinstance(call, Delegate)]
 
@@ -188,9 +203,12 @@ class Method:
         instructions: list[Any] = []
         delegates: list[Any] = []
         for step, call in enumerate(self._calls):
+            arguments: list[Slot] = []
             if isinstance(call, _Kernel):
                 arguments = list(call.arguments)
                 action: Any = schema.KernelCall(operators.index(call.operator), arguments)
+            elif isinstance(call, _Jump):
+                action = schema.JumpFalseCall(call.condition, call.to)
             else:
                 arguments = [self.slot(t) for t in (*call.inputs, *call.outputs)]
                 action = schema.DelegateCall(len(delegates), arguments)

@@ -30,6 +30,7 @@ ERRORS = {
     0x31: "there is not enough memory for a delegate",
 }
 """Codes of runtime/core/error.h that loading a program can end with."""
+MEMORY = {0x21, 0x31}
 
 
 @cache
@@ -49,6 +50,8 @@ def library() -> Any:
                 f"the ExecuTorch runtime cannot be used: {error}; "
                 "install it with pip install 'qwen35-mobile[executorch]'"
             ) from error
+    with _quiet_processors():
+        portable_lib._threadpool_get_thread_count()  # makes the pool
     return portable_lib
 
 
@@ -67,9 +70,13 @@ def quiet_imports() -> Iterator[None]:
 
 @contextmanager
 def _quiet_processors() -> Iterator[None]:
-    """The pool writes to stderr which files about processors it did not find; no level of logging stops it."""
+    """The pool, when it is made, writes to stderr which files about processors it did not find."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed: nothing is heard anyway
+        yield
+        return
     sys.stderr.flush()
-    kept = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
@@ -90,16 +97,14 @@ def use_threads(count: int, session: Any) -> None:
         ExportError: another open session was given another number.
     """
     runtime = library()
-    with _quiet_processors():
-        present = runtime._threadpool_get_thread_count()
+    present = runtime._threadpool_get_thread_count()
     if present != count:
         if _open_sessions:
             raise ExportError(
                 f"ExecuTorch has one pool of threads for the process, and an open session uses {present}; "
                 f"close it before opening one with {count}"
             )
-        with _quiet_processors():
-            runtime._unsafe_reset_threadpool(count)
+        runtime._unsafe_reset_threadpool(count)
     _open_sessions.add(session)
 
 
@@ -129,11 +134,11 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
 
 
-def load_program(path: Path, trace: bool = False) -> Any:
-    """Open a .pte, once it is known that this runtime has every kernel and backend that its methods name.
+def check_program(path: Path) -> None:
+    """Refuse a .pte of whose methods this runtime lacks a kernel or a backend, before anything is loaded.
 
     Raises:
-        ExportError: no program, or something it needs is missing; nothing was loaded.
+        ExportError: no program, or naming what is missing.
     """
     from targets.to_executorch.stored import Pte
 
@@ -149,8 +154,16 @@ def load_program(path: Path, trace: bool = False) -> Any:
     for backend in sorted({delegate.id for plan in plans for delegate in plan.delegates}):
         if not runtime._is_available(backend):
             raise ExportError(f"{path.name} needs {backend}, which this runtime was built without; link it")
+
+
+def load_program(path: Path, trace: bool = False) -> Any:
+    """Open a .pte; its methods are loaded one by one.
+
+    Raises:
+        ExportError: the runtime refuses it.
+    """
     try:
-        return runtime._load_program(str(path), enable_etdump=trace)
+        return library()._load_program(str(path), enable_etdump=trace)
     except RuntimeError as error:
         raise _told(f"cannot load {path.name}", error) from error
 
@@ -181,9 +194,9 @@ def call(method: Any, inputs: Sequence[Any], entry: str) -> list[Any]:
 
 def _told(what: str, error: RuntimeError) -> ExportError:
     code = re.search(r"0x:?([0-9a-fA-F]+)", str(error))
-    why = ERRORS.get(int(code[1], 16)) if code else None
-    installed = version("executorch")
-    return ExportError(
-        f"executorch {installed} {what}: {why or error}{f' (error {code[0]})' if code and why else ''}; "
-        "copy the bundle again, or export it with the version of executorch that runs it"
-    )
+    number = int(code[1], 16) if code else 0
+    why = f"{ERRORS[number]} (error {number:#x})" if number in ERRORS else str(error)
+    remedy = "copy the bundle again, or export it with the version of executorch that runs it"
+    if number in MEMORY:
+        remedy = "close other programs, or take a smaller context, model or prefill length"
+    return ExportError(f"executorch {version('executorch')} {what}: {why}; {remedy}")

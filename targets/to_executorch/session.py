@@ -7,7 +7,7 @@ rows of the KV cache that a call hands out are written into the session's own bu
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from targets.base import Arrays
 from targets.contract import CallError, check_call
 from targets.table import Table
-from targets.to_executorch import runtime
+from targets.to_executorch import runtime, text_runner
 from targets.to_executorch.weight_cache import share_packed_weights
 
 
@@ -49,15 +49,25 @@ class ExecuTorchSession:
     def _method(self, stage: Mapping[str, Any]) -> Any:
         key = (stage["file"], stage["entry"])
         if key not in self._methods:
+            program = self._program(stage["file"])
             begin = time.perf_counter()
-            if stage["file"] not in self._programs:
-                self._programs[stage["file"]] = runtime.load_program(self._folder / stage["file"], self._trace)
-            self._methods[key] = runtime.load_method(self._programs[stage["file"]], *key)
+            self._methods[key] = runtime.load_method(program, *key)
             self.load_seconds += time.perf_counter() - begin
         return self._methods[key]
 
+    def _program(self, file: str) -> Any:
+        if file not in self._programs:
+            path = self._folder / file
+            runtime.check_program(path)  # ours, so not in the time that loading takes
+            begin = time.perf_counter()
+            self._programs[file] = runtime.load_program(path, self._trace)
+            self.load_seconds += time.perf_counter() - begin
+        return self._programs[file]
+
     def run(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         entry = check_call(self._manifest, signature, inputs)
+        if "start" in inputs and not self._states:
+            raise CallError("an earlier call failed and left no states; reset the session, or restore a snapshot")
         values: dict[str, Any] = {
             name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()
         }
@@ -83,7 +93,11 @@ class ExecuTorchSession:
         arguments: dict[int, torch.Tensor] = {int(place): values[name] for name, place in stage["inputs"].items()}
         arguments |= {int(binding["input"]): self._states[name] for name, binding in states.items()}
         method = self._method(stage)
-        results = runtime.call(method, [arguments[place] for place in range(len(arguments))], stage["entry"])
+        try:
+            results = runtime.call(method, [arguments[place] for place in range(len(arguments))], stage["entry"])
+        except BaseException:
+            self._states = {}  # some are new, some old
+            raise
         for name, place in stage["outputs"].items():
             values[name] = results[int(place)]
         for name, binding in states.items():
@@ -106,6 +120,18 @@ class ExecuTorchSession:
 
     def states(self) -> Arrays:
         return {name: tensor.numpy() for name, tensor in self._states.items()}
+
+    def runner_logits(self, ids: Sequence[int]) -> NDArray[Any] | None:
+        file = self._manifest["signatures"]["decode"]["stages"][-1]["file"]
+        program = self._program(file)
+        if text_runner.NAME not in {program.get_method_name(i) for i in range(program.num_methods())}:
+            return None
+        method = runtime.load_method(program, file, text_runner.NAME)
+        rows = []
+        for place, token in enumerate(ids):
+            inputs = [torch.tensor([[token]]), torch.tensor([place])]
+            rows.append(runtime.call(method, inputs, text_runner.NAME)[0].numpy()[0].copy())
+        return np.stack(rows)
 
     def traces(self, folder: Path) -> list[Path]:
         """Write what the runtime's tracer saw, one file per program."""

@@ -7,6 +7,7 @@ themselves declare decide, so that a wrong nibble order, offset or scale shows u
 from __future__ import annotations
 
 import json
+import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from executorch.backends.xnnpack import serialization
 from executorch.exir._serialize._flatbuffer import _flatc_decompile
 from executorch.exir._serialize._flatbuffer_program import _flatbuffer_to_program
 from executorch.exir._serialize._program import _get_extended_header
+from executorch.exir.scalar_type import ScalarType
 from executorch.exir.schema import DataLocation, Tensor
 from numpy.typing import NDArray
 
@@ -32,6 +34,8 @@ ROWS = 4096
 HEADER = 64
 XNN_OFFSETS = slice(10, 14), slice(14, 18)
 """Where an XNNPACK blob says at which byte its flatbuffer begins and how long it is (XNNHeader)."""
+
+DTYPES = {ScalarType.FLOAT: np.float32, ScalarType.CHAR: np.int8, ScalarType.BYTE: np.uint8}
 
 Weight = tuple[str, tuple[int, torch.Tensor]]
 
@@ -72,7 +76,7 @@ class Pte:
                 found[delegate.processed.index] = None
         return _graphs([bytes(self.segment(index)) for index in found])
 
-    def constants(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    def constants(self) -> Iterator[tuple[str, NDArray[Any]]]:
         """Constants of the program that are parameters of the model, by name: each place that one is read from."""
         where = self.program.constant_segment
         data = self.segment(where.segment_index)
@@ -86,8 +90,8 @@ class Pte:
                 name = str(tensor.extra_tensor_info.fully_qualified_name)
                 if (name, first) not in done:
                     done.add((name, first))
-                    array = np.frombuffer(data, np.float32, int(np.prod(tensor.sizes)), first)
-                    yield name, array.reshape(tensor.sizes)
+                    dtype = DTYPES[tensor.scalar_type]
+                    yield name, np.frombuffer(data, dtype, math.prod(tensor.sizes), first).reshape(tensor.sizes)
 
 
 def _graphs(blobs: list[bytes]) -> list[dict[str, Any]]:
@@ -116,20 +120,40 @@ def stored_weights(folder: Path, manifest: Mapping[str, Any], quantizer: Quantiz
             yield "embedding.weight", (start, torch.from_numpy(table[slice(start, start + ROWS)]))
     for file in sorted(_files(manifest)):
         pte = Pte(folder / file)
-        done: set[str] = set()
+        done: set[tuple[str | None, str, int]] = set()
+        halves: dict[str, NDArray[Any]] = {}
         for name, array in pte.constants():
-            _check(name, known, file)
-            yield name, (0, torch.from_numpy(array.copy()))
+            plain, _, half = name.partition("!")
+            _check(plain, known, file)
+            if not half:
+                yield name, (0, torch.from_numpy(array.copy()))
+            halves[name] = array
+        if "embedding.weight!codes" in halves:
+            yield from _gathered(halves["embedding.weight!codes"], halves["embedding.weight!scales"])
         for graph in pte.graphs:
             for value in graph["xvalues"]:
                 key = _key(graph, _tensor(value)["constant_buffer_idx"])
-                if key is not None and key not in done:
-                    done.add(key)
+                # A later method may declare the same bytes otherwise: then they are other weights.
+                group = value["xvalue_union"].get("quant_params", {}).get("group_size", 0)
+                kind = key, str(_tensor(value)["datatype"]), group
+                if key is not None and kind not in done:
+                    done.add(kind)
                     name = key.rsplit("#", 1)[0]
                     if name.startswith("small:"):
                         continue  # no parameter of the model: rows of ones and the like, which L1 judges
                     _check(name, known, file)
                     yield from _filter(pte, graph, value, name)
+
+
+def _gathered(codes: NDArray[Any], scales: NDArray[Any]) -> Iterator[Weight]:
+    """An embedding as the kernels `embedding_byte` (int8) and `embedding_4bit` (high nibble first) read it."""
+    for start in range(0, len(codes), ROWS):
+        part = codes[start : start + ROWS]
+        if part.dtype == np.uint8:
+            part = np.stack([part >> 4, part & 15], axis=-1).reshape(len(part), -1).astype(np.int16) - 8
+        grouped = part.astype(np.float32).reshape(len(part), scales.shape[1], -1)
+        rows = grouped * scales[start : start + ROWS, :, None]
+        yield "embedding.weight", (start, torch.from_numpy(rows.reshape(len(part), -1)))
 
 
 def _files(manifest: Mapping[str, Any]) -> set[str]:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from export.model.trace import Program
 from export.quantize.quantizer import Quantizer
-from targets.to_executorch import nodes
 from targets.to_executorch.operators import Lowering
 from targets.to_executorch.program import Method, Slot, aligned
 from targets.to_executorch.xnnpack import Tensor
@@ -27,8 +26,12 @@ KERNELS: dict[str, str] = {
     "quantized_decomposed::embedding_byte.out": "XNNPACK has no gather",
     "aten::embedding.out": "XNNPACK has no gather",
     "aten::expand_copy.out": "one place for all three axes of positions",
+    "executorch_prim::eq.Scalar": "does a conversation begin?",
+    "aten::fill.Scalar_out": "then its states are zeros",
 }
 """Kernels that this method calls beside those of `operators.KERNELS`."""
+CODES, SCALES = "!codes", "!scales"
+"""What the constants of a quantised embedding are called, behind the parameter's name."""
 
 
 def define_inputs(low: Lowering, free: list[Any], program: Program, offset: int, shapes: list[tuple[int, ...]]) -> None:
@@ -45,14 +48,23 @@ def define_inputs(low: Lowering, free: list[Any], program: Program, offset: int,
     sizes, implicit = method.scalar([3, 1]), method.scalar(False)
     low.define(free[1], low.kernel("aten::expand_copy.out", [start, sizes, implicit], (3, 1), "int64"))
     low.define(free[2], start)
-    # A conversation begins at place 0: what an earlier one left is multiplied away there.
-    keep = nodes.clamp(method, low.as_float(start), 0.0, 1.0)
+    whole = []
     for node, state, shape in zip(free[3:], program.states, shapes, strict=True):
-        buffer = method.buffer(shape, offset)
+        buffer = low.buffers[node] = method.buffer(shape, offset)
         offset += aligned(4 * math.prod(shape))
-        whole = state.kind in ("conv", "recurrent")
-        low.define(node, nodes.multiply(method, buffer, keep) if whole else buffer)
-        low.buffers[node] = buffer
+        low.define(node, buffer)
+        if state.kind in ("conv", "recurrent"):  # rows of a cache are written before they are read
+            whole.append(buffer)
+    # A conversation begins at place 0: whatever an earlier one left, NaN included, is overwritten there.
+    first = method.scalar(False)
+    method.kernel("executorch_prim::eq.Scalar", [low.start(free[2]), method.scalar(0)], [first])
+    zero = method.scalar(0)
+
+    def clear() -> None:
+        for buffer in whole:
+            method.kernel("aten::fill.Scalar_out", [buffer, zero], [buffer])
+
+    method.only_if(first, clear)
 
 
 def _embed(method: Method, quantizer: Quantizer, tokens: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -61,7 +73,7 @@ def _embed(method: Method, quantizer: Quantizer, tokens: Tensor, shape: tuple[in
     rows, columns = quantizer.weights.parameter(name).shape
     result, null = Tensor(shape), method.scalar(None)
     if setting is None:
-        weight = method.constant(quantizer.weights.tensor(name).numpy())
+        weight = method.constant(quantizer.weights.tensor(name).numpy(), name)
         no = method.scalar(False)
         method.kernel("aten::embedding.out", [weight, tokens, method.scalar(-1), no, no], [result])
         return result
@@ -73,8 +85,8 @@ def _embed(method: Method, quantizer: Quantizer, tokens: Tensor, shape: tuple[in
         scales[start:stop] = block.scales.numpy()
     low, high = -(1 << (setting.bits - 1)), (1 << (setting.bits - 1)) - 1
     kernel = "embedding_byte" if setting.bits == 8 else "embedding_4bit"
-    limits = method.scalar(low), method.scalar(high)
-    arguments: list[Tensor | Slot] = [method.constant(codes), method.constant(scales), null, *limits, tokens]
+    table = method.constant(codes, f"{name}{CODES}"), method.constant(scales, f"{name}{SCALES}")
+    arguments: list[Tensor | Slot] = [*table, null, method.scalar(low), method.scalar(high), tokens]
     method.kernel(f"quantized_decomposed::{kernel}.out", arguments, [result])
     return result
 

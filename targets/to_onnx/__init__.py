@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
-from export.quantize.quantizer import Quantizer
 from targets.base import Capabilities, Job, Lowered, OperatorTime, Rows, Session
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from export.quantize.quantizer import Quantizer
 
 
 class OnnxTarget:
@@ -22,6 +24,7 @@ class OnnxTarget:
         "onnxruntime with its CPU kernels of com.microsoft; set `session_options` of the manifest. For text, "
         "onnxruntime-genai loads the folder too (`genai_config.json`)."
     )
+    packages = ("onnx", "onnxruntime")
     capabilities = Capabilities(
         bits=frozenset({4, 8, 32}),
         group_sizes=frozenset({32, 64, 128}),
@@ -29,6 +32,7 @@ class OnnxTarget:
         text_runner=False,  # genai.onnx is always there: it costs nothing
         several_files=False,
         activations={4: "int8", 8: "int8", 32: "float32"},  # MatMulNBits with accuracy_level 4
+        scale_bytes=4,  # float32
     )
 
     def lower(self, job: Job) -> Lowered:

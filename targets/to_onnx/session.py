@@ -7,7 +7,7 @@ manifest allows with `in_place`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,9 @@ class OnnxSession:
 
     def states(self) -> Arrays:
         return dict(self._states)
+
+    def runner_logits(self, ids: Sequence[int]) -> NDArray[Any] | None:
+        return None  # genai.onnx is another runtime's
 
     def traces(self) -> list[Path]:
         """Files in which the runtime's profiler wrote what it saw; it stops there."""
