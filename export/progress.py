@@ -96,9 +96,12 @@ def _lifetime_peak() -> int:
 def quiet_libraries() -> None:
     """Silence transformers' advice to install GPU kernels: here it is only the reference, and meant to be slow.
 
-    The level of this one logger survives the later import of transformers; warnings of all others still show.
+    The levels survive the later imports; warnings of all other loggers still show.
     """
     logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
+    # torchao, which comes with executorch, announces at import the GPU kernels it could not load.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class Reporter:
