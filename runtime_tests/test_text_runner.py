@@ -41,7 +41,10 @@ sys.stdout.write("\\n" + json.dumps(answers) + "\\n")
 """
 
 
-@pytest.mark.parametrize("recipe", ["int4", "int8", "fp32"])
+SLOW = [pytest.param(recipe, marks=pytest.mark.slow) for recipe in ("int8", "fp32")]
+
+
+@pytest.mark.parametrize("recipe", ["int4", *SLOW])
 def test_the_stock_runner_gives_the_same_tokens(recipe: str, tmp_path: Path) -> None:
     output = tmp_path / "bundle"
     words = ["--target", "executorch", "--size", "tiny", "--recipe", recipe, "--text-runner", "-o", str(output)]
