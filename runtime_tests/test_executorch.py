@@ -252,8 +252,8 @@ def test_results_left_in_the_runtime_s_memory_may_be_passed_back(loader: str, bu
 
 
 # -- what a method is made of ---------------------------------------------------------------------------
-def plans(folder: Path) -> dict[str, Any]:
-    return {plan.name: plan for plan in Pte(folder / "decoder.pte").program.execution_plan}
+def plans(folder: Path, file: str = "decoder.pte") -> dict[str, Any]:
+    return {plan.name: plan for plan in Pte(folder / file).program.execution_plan}
 
 
 def test_delegates_and_kernels_are_pinned(built: Built, small: Any) -> None:
@@ -277,6 +277,8 @@ def test_delegates_and_kernels_are_pinned(built: Built, small: Any) -> None:
         padding = {} if name == "decode_step" else {"aten::lt.Tensor_out": 1, "aten::where.self_out": 1}
         casts = 1 if name == "decode_step" else 2
         assert once == {"aten::_to_copy.out": casts, "aten::_local_scalar_dense": 1, **padding}
+    for name, plan in plans(built[0], "vision.pte").items():
+        assert (len(plan.delegates), len(plan.operators)) == (1, 0), name
     assert not any(word in k for k in operators.KERNELS for word in ("matmul", "mm.", "mean", "sum", "softmax"))
     assert all(operators.KERNELS.values()), "each with a reason"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def operator_times(
         session.run(signature, inputs)
     seconds: dict[str, float] = {}
     calls: dict[str, int] = {}
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors' contents, which were not asked for
         for path in session.traces(Path(place)):
             for block in Inspector(etdump_path=str(path)).event_blocks:
                 for event in block.events if block.name == "Execute" else ():
