@@ -141,7 +141,5 @@ def test_faster_than_the_other_builder_and_near_the_bandwidth_bound(bundles: dic
     middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     assert middle["decode"] >= 1.25 * middle["their decode"], rows
     assert middle["prefill"] >= 1.8 * middle["their prefill"], rows
-    # A virtual machine's two cores share one memory link (33 GB/s) or get one each (52 to 60 GB/s), as the host
-    # pleases. In the first case memory is the bound and 60 % must be reached; in the second MatMulNBits' own
-    # arithmetic is, at 26 GB/s (docs/LOG.md). Three rounds mostly meet both, so the best one is held to it.
-    assert max(row["share"] for row in rows) >= 0.6, rows
+    # Fails where the host gives the two cores a memory link each (51 GB/s): see docs/LOG.md, "Where we stand".
+    assert middle["share"] >= 0.6, rows
