@@ -92,11 +92,11 @@ class ExecuTorchSession:
         states = stage.get("states", {})
         arguments: dict[int, torch.Tensor] = {int(place): values[name] for name, place in stage["inputs"].items()}
         arguments |= {int(binding["input"]): self._states[name] for name, binding in states.items()}
-        method = self._method(stage)
         try:
+            method = self._method(stage)
             results = runtime.call(method, [arguments[place] for place in range(len(arguments))], stage["entry"])
         except BaseException:
-            self._states = {}  # some are new, some old
+            self._states = {}  # those of earlier stages are new, the others old
             raise
         for name, place in stage["outputs"].items():
             values[name] = results[int(place)]
