@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from targets.base import Capabilities, Job, Lowered, OperatorTime, Rows, Session
+from targets.base import Capabilities, Finding, Job, Lowered, OperatorTime, Rows, Session
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,6 +28,7 @@ class ExecuTorchTarget:
         "`forward` serves ExecuTorch's TextLLMRunner and needs the quantized kernels (`embedding_4bit`) as well."
     )
     packages = ("executorch",)
+    measured = "host"
     capabilities = Capabilities(
         bits=frozenset({4, 8, 32}),
         group_sizes=frozenset({32, 64, 128}),
@@ -39,7 +40,7 @@ class ExecuTorchTarget:
     )
 
     def lower(self, job: Job) -> Lowered:
-        from targets.to_executorch.runtime import quiet_imports
+        from targets.quiet import quiet_imports
 
         with quiet_imports():
             from targets.to_executorch.lower import lower
@@ -49,6 +50,9 @@ class ExecuTorchTarget:
         from targets.to_executorch.session import ExecuTorchSession
 
         return ExecuTorchSession(folder, manifest, threads)
+
+    def open_exact(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> Session:
+        return self.open(folder, manifest, threads)
 
     def stored_weights(
         self, folder: Path, manifest: Mapping[str, Any], quantizer: Quantizer
@@ -73,6 +77,11 @@ class ExecuTorchTarget:
         from targets.to_executorch.stored import decode_bytes
 
         return decode_bytes(folder, manifest)
+
+    def lint(
+        self, folder: Path, manifest: Mapping[str, Any], *, activations: bool = False
+    ) -> list[Finding] | None:
+        return None
 
 
 TARGET = ExecuTorchTarget()

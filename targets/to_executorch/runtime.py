@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +14,7 @@ from typing import Any
 from weakref import WeakSet
 
 from export.spec import ExportError
+from targets.quiet import quiet_imports
 
 ERRORS = {
     0x10: "it does not support something in the program",
@@ -53,19 +52,6 @@ def library() -> Any:
     with _quiet_processors():
         portable_lib._threadpool_get_thread_count()  # makes the pool
     return portable_lib
-
-
-@contextmanager
-def quiet_imports() -> Iterator[None]:
-    """The SDK's packages announce at import what they could not load and do not need."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from targets.base import OperatorTime
-from targets.to_executorch.runtime import quiet_imports
+from targets.quiet import quiet_imports
 from targets.to_executorch.session import ExecuTorchSession
 
 RUNS = 10
