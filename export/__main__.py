@@ -62,7 +62,7 @@ def _dispatch(words: list[str]) -> int:
     arguments.check_bundle_options(options)
     from export import commands
 
-    actions = {"validate": commands.validate, "run": commands.run, "bench": commands.bench}
+    actions = {"validate": commands.validate, "run": commands.run, "bench": commands.bench, "lint": commands.lint}
     return actions[command](options)
 
 

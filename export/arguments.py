@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m export",
         allow_abbrev=False,
         description="Turn a Qwen3.5 checkpoint into a validated bundle for a phone runtime.",
-        epilog="Other commands: validate BUNDLE…, run BUNDLE, bench BUNDLE; each has its own --help. "
+        epilog="Other commands: validate BUNDLE…, run BUNDLE, bench BUNDLE, lint BUNDLE; each has its own --help. "
         "Exit codes: 0 passed, 1 failed, 2 bad usage, 3 a gate failed, 130 interrupted.",
     )
     add_export_options(parser)
@@ -78,6 +78,10 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     add("--num-layers", type=int, metavar="N", help="only the first N decoder layers, for experiments")
     add("--max-file-layers", type=int, metavar="N", help="cut the decoder into files of at most N layers")
     add("--max-file-size", metavar="SIZE", help="… of at most so many bytes: 900M, 1.5G or a number")
+    add("--profile", metavar="P", help="coreml: compute unit, gpu (default) or ane, the Neural Engine")
+    add("--state-layout", metavar="L", help="coreml: separate, stacked or explicit states (default: the profile's)")
+    add("--max-head-columns", type=int, metavar="N", help="coreml: cut the head into pieces of at most N columns")
+    add("--palettes", action="store_true", help="coreml: 4-bit codes as indices into a palette of 16 numbers")
     add("--text-runner", action="store_true", help="executorch: also serve its TextLLMRunner; one more embedding")
     add("-o", "--output-dir", type=Path, metavar="DIR", help="the bundle folder itself (default: its name)")
     add("--overwrite", action="store_true", help="replace an existing bundle once the new one is complete")
@@ -159,11 +163,21 @@ def bench_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def lint_parser() -> argparse.ArgumentParser:
+    """Options of `lint`."""
+    parser = _bundle_parser("lint", "Hold a coreml bundle against what phones object to; 3 when one of it is an error.")
+    _verify_option(parser)
+    text = "also run it for a few tokens and look at the range of every value"
+    parser.add_argument("--activations", action="store_true", help=text)
+    return parser
+
+
 PARSERS: Mapping[str, Callable[[], argparse.ArgumentParser]] = {
     "export": build_parser,
     "validate": validate_parser,
     "run": run_parser,
     "bench": bench_parser,
+    "lint": lint_parser,
 }
 
 
@@ -256,6 +270,10 @@ def spec_from(options: argparse.Namespace) -> ExportSpec:
         vision=not options.no_vision,
         num_layers=options.num_layers,
         text_runner=options.text_runner,
+        profile=options.profile,
+        state_layout=options.state_layout,
+        max_head_columns=options.max_head_columns,
+        palettes=options.palettes,
         max_file_layers=options.max_file_layers,
         max_file_bytes=_file_size(options.max_file_size),
         overwrite=options.overwrite,

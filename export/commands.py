@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from export.bundle.writer import BundleWriter
 from export.progress import Reporter
 from export.sizes import SHIPPED
 from export.spec import ExportSpec, GateError, UsageError
+from targets.base import Finding
 
 
 def export(spec: ExportSpec, options: argparse.Namespace) -> int:
@@ -319,7 +322,7 @@ def bench_table(entry: dict[str, Any]) -> str:
             f"{e['tokens_per_s_best']:>10.1f}{'':>12}{e['runs']:>5}{e['warmups']:>10}{e['threads']:>9}"
         )
     lines.append(f"prompt {entry['prefill']['prompt_tokens']} tokens, load {entry['load_s']:.2f} s, "
-                 f"peak memory {entry['peak_memory_bytes'] / 2**20:.0f} MiB, host numbers")
+                 f"peak memory {entry['peak_memory_bytes'] / 2**20:.0f} MiB, {entry['decode']['source']} numbers")
     for name, share in entry["bandwidth"].items():
         lines.append(
             f"{name}: {share['bytes_per_s'] / 1e9:.1f} GB/s ({share['bytes_per_s_least'] / 1e9:.1f} to "
@@ -327,6 +330,36 @@ def bench_table(entry: dict[str, Any]) -> str:
             f"{share['bound_tokens_per_s']:.1f} tokens/s ({entry['decode_bytes'] / 1e6:.0f} MB a token); "
             f"reached {100 * share['share']:.0f} %"
         )
+    return "\n".join(lines)
+
+
+def lint(options: argparse.Namespace) -> int:
+    """Print what the target's linter holds against a bundle; 3 if one finding is an error."""
+    from targets import load_target
+
+    bundle = Bundle.open(options.bundle, verify=options.verify)
+    name = bundle.manifest["target"]["name"]
+    torch.set_num_threads(options.threads)
+    with Reporter(quiet=options.quiet, json_lines=options.json).stage("lint"):
+        findings = load_target(name).lint(bundle.path, bundle.manifest, activations=options.activations)
+    if findings is None:
+        raise UsageError(f"{bundle.path.name} is for {name}, which has no linter; coreml bundles have one")
+    result = {"findings": [asdict(found) for found in findings]}
+    _print(json.dumps(result) if options.json else lint_table(findings))
+    rules = sorted({found.rule for found in findings if found.severity == "error"})
+    if rules:
+        sys.stderr.write(f"error: the bundle breaks rules of the linter: {', '.join(rules)}\n")
+    return 3 if rules else 0
+
+
+def lint_table(findings: Sequence[Finding]) -> str:
+    """Every finding: severity, rule and place, below it the text and its source."""
+    lines = []
+    for found in findings:
+        lines.append(f"{found.severity:<9}{found.rule:<22}{found.where}")
+        lines += [f"{'':<9}{found.text}", f"{'':<9}source: {found.source}"]
+    errors = sum(found.severity == "error" for found in findings)
+    lines.append(f"{errors} errors, {len(findings) - errors} warnings")
     return "\n".join(lines)
 
 

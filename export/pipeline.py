@@ -22,7 +22,7 @@ from export.report import card
 from export.spec import ExportSpec, GateError, UsageError
 from export.validate import judge
 from targets import load_target
-from targets.base import Job, Lowered, Target
+from targets.base import Job, Lowered, Target, grouped, refuse
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "executorch", "coremltools", "qwen35-mobile")
 
@@ -87,6 +87,10 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
                     max_file_layers=spec.max_file_layers,
                     max_file_bytes=spec.max_file_bytes,
                     text_runner=spec.text_runner,
+                    profile=spec.profile or target.capabilities.profiles[0],
+                    state_layout=spec.state_layout,
+                    max_head_columns=spec.max_head_columns,
+                    palettes=spec.palettes,
                     stop_token_ids=tuple(stop_ids(checkpoint, config)),
                     resume=writer.resumed,
                     advance=bar.advance,
@@ -95,11 +99,17 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
         for path, role in lowered.files.items():
             writer.add(path, role)
         manifest = describe(spec, checkpoint, weights, quantizer.recipe, target, lowered, tokenizer)
+        with progress.stage("lint"):
+            findings = target.lint(writer.path, manifest, activations=not spec.skip_validation) or []
+            refuse(findings)
+        for found in grouped(findings):
+            progress.notice(f"{found['rule']} ({found['count']}): {found['text']}")
         passed = True
         if not spec.skip_validation:
             report = judge.judge(
                 checkpoint, config, recipe, target, writer.path, manifest, spec.threads, progress.stage
             )
+            report["lint"] = grouped(findings)
             passed = report["passed"]
             with progress.stage("report"):
                 judge.write_reports(writer, manifest, report)
@@ -196,7 +206,8 @@ def describe(
             "name": target.name,
             "runtime": target.runtime,
             "min_version": target.min_version,
-            "profile": spec.profile,
+            "profile": spec.profile or target.capabilities.profiles[0],
+            **({"state_layout": spec.state_layout} if spec.state_layout else {}),
         },
         "quantization": roles,
         "context_length": spec.context_length,

@@ -48,22 +48,30 @@ class ExportSpec:
     max_file_layers: int | None = None
     max_file_bytes: int | None = None
     """Limits of one decoder file: layers, and bytes of weights."""
+    max_head_columns: int | None = None
+    """Limit of one piece of the head, in vocabulary entries; None: the target's own."""
     text_runner: bool = False
     """Also serve the runtime's own runner of text models."""
+    profile: str | None = None
+    """Compute unit to build for; None: the target's default."""
+    state_layout: str | None = None
+    """How states are kept; None: the profile's default."""
+    palettes: bool = False
+    """4-bit codes as indices into a palette."""
     output: Path = Path("bundle")
     overwrite: bool = False
     resume: bool = False
     skip_validation: bool = False
     threads: int = 2
-    profile: str = "cpu"
 
     @property
     def name(self) -> str:
-        """What the bundle is called: qwen3.5-2b-onnx-int4, with -base and the group size where they apply."""
+        """What the bundle is called: qwen3.5-2b-onnx-int4, with -base, profile and group size where they apply."""
         recipe = Path(self.recipe).stem if self.recipe.endswith(".toml") else self.recipe
         base = "-base" if self.base else ""
         group = f"-g{self.group_size}" if self.group_size else ""
-        name = f"qwen3.5-{self.size}{base}-{self.target}-{recipe}{group}".lower()
+        profile = f"-{self.profile}" if self.profile else ""
+        name = f"qwen3.5-{self.size}{base}-{self.target}{profile}-{recipe}{group}".lower()
         return re.sub(r"[^a-z0-9._-]+", "-", name)
 
     def at(self, output: Path) -> ExportSpec:

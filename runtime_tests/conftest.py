@@ -14,7 +14,7 @@ from export.model.config import ModelConfig
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
 from export.validate import reference
-from export.validate.ladder import Rung, compare_lowered, make_plan
+from export.validate.ladder import Rung, compare_files, make_plan
 from export.validate.probe import make_probe
 from targets import load_target
 from targets.base import Job, Lowered
@@ -157,6 +157,7 @@ def build(
     chosen = load_target(target)
     config = checkpoint.model_config
     quantizer = Quantizer(Weights(checkpoint, config), recipe)
+    limits = {"profile": chosen.capabilities.profiles[0], **limits}
     lowered = chosen.lower(Job(config, quantizer, context, lengths, SIZES, folder, try_out=False, **limits))
     manifest = {
         "signatures": lowered.signatures,
@@ -164,7 +165,12 @@ def build(
         "context_length": context,
         "prefill_lengths": list(lengths),
         "image_sizes": [list(s) for s in SIZES],
-        "target": {"name": target, "min_version": chosen.min_version},
+        "target": {
+            "name": target,
+            "min_version": chosen.min_version,
+            "profile": limits["profile"],
+        },
+        "session_options": lowered.session_options,
         "tokenizer": {"stop_token_ids": [1], "special_token_ids": {"image": 5}},
     }
     return lowered, manifest, quantizer
@@ -175,13 +181,11 @@ def climb_l1(
 ) -> Rung:
     """Lower without quantisation and compare with our modules."""
     _, manifest, quantizer = build(checkpoint, folder, Recipe.unquantised(), target, lengths=lengths, **limits)
-    session = load_target(target).open(folder, manifest, 1)
     probe = make_probe(checkpoint.model_config, CONTEXT, SIZES)
     rows = reference.embed(checkpoint, probe.ids)
     plan = make_plan(CONTEXT, lengths)
-    rung = compare_lowered(session, quantizer.weights, probe, plan, rows, lengths, probe.images)
-    session.close()
-    return rung
+    weights, runtime = quantizer.weights, load_target(target)
+    return compare_files(runtime, folder, manifest, 1, weights, probe, plan, rows, lengths, probe.images)
 
 
 @pytest.fixture(scope="session", params=list(VARIANTS))

@@ -54,7 +54,7 @@ def test_full_context_works_and_one_more_is_refused(built: Built) -> None:
     with pytest.raises(Exception, match="1 tokens do not fit: 128 of 128 slots are used"):
         talk.feed([9])
     inputs = {
-        "embeddings": np.zeros((1, 1, 128), np.float32),
+        "embeddings": np.zeros((1, 1, 128), built[2]["signatures"]["decode"]["inputs"][0]["dtype"]),
         "position_ids": np.zeros((3, 1), np.int32),
         "start": np.asarray([CONTEXT], np.int32),
     }
@@ -79,4 +79,6 @@ def test_chunking_does_not_change_the_answer(built: Built) -> None:
     talk.reset()
     for place in range(0, 100, 9):
         parts = talk.feed(ids[place : place + 9])
-    assert metrics.relative(whole, parts) < 1e-4
+    # In float16 every chunk rounds its states anew.
+    tolerance = {"float32": 1e-4, "float16": 0.05}[load_target(built[0]).capabilities.floats]
+    assert metrics.relative(whole, parts) < tolerance

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from export.spec import ExportError, UsageError
 from targets.base import Target
 
-TARGETS = {"onnx": "targets.to_onnx", "executorch": "targets.to_executorch"}
+TARGETS = {"onnx": "targets.to_onnx", "executorch": "targets.to_executorch", "coreml": "targets.to_coreml"}
 
 
 def describe_target(name: str) -> Target:

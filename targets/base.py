@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from export.quantize.recipe import Recipe
-from export.spec import ExportSpec, UsageError
+from export.spec import ExportError, ExportSpec, UsageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,6 +42,16 @@ class Capabilities:
     """Weight width -> dtype in which the runtime multiplies activations with such weights."""
     scale_bytes: int
     """Of one group's scale at 4 bits, as the files hold it."""
+    floats: str = "float32"
+    """What is not quantised is stored as this, and states, embeddings and logits are."""
+    profiles: tuple[str, ...] = ("cpu",)
+    """Compute units to choose from; the first is the default."""
+    state_layouts: tuple[str, ...] = ()
+    """Ways of keeping states to choose from, if any."""
+    head_pieces: bool = False
+    """The head can be cut into pieces of some columns."""
+    palettes: bool = False
+    """Symmetric 4-bit codes can be stored as indices into a palette."""
 
     def check(self, target: str, spec: ExportSpec, recipe: Recipe) -> None:
         """Refuse what the target cannot honour exactly.
@@ -73,6 +83,19 @@ class Capabilities:
                 )
         if spec.text_runner and not self.text_runner:
             raise UsageError(f"--text-runner: {target} needs no method for it; leave the option out")
+        for option, value, choices in (
+            ("--profile", spec.profile, self.profiles),
+            ("--state-layout", spec.state_layout, self.state_layouts),
+        ):
+            if value is not None and value not in choices:
+                remedy = f"choose one of {', '.join(choices)}" if choices else "leave the option out"
+                raise UsageError(f"{option} {value}: {target} has no such choice; {remedy}")
+        if spec.max_head_columns is not None and not self.head_pieces:
+            raise UsageError(f"--max-head-columns: {target} keeps the head in one piece; leave the option out")
+        if spec.palettes and not self.palettes:
+            raise UsageError(f"--palettes: {target} stores no palettes; leave the option out")
+        if spec.palettes and not any(s.bits == 4 and s.symmetric for s in recipe.roles.values()):
+            raise UsageError(f"--palettes: recipe {recipe.name} has no symmetric 4-bit role to store so; leave it out")
 
 
 @dataclass(frozen=True)
@@ -91,6 +114,14 @@ class Job:
     """Bytes of weights a decoder file may hold; None: any number. A layer or the head larger than that is refused."""
     text_runner: bool = False
     """Also write what the runtime's own runner of text models calls."""
+    profile: str = "cpu"
+    """Which of the target's compute units the files are built for."""
+    state_layout: str | None = None
+    """How states are kept, where the target offers a choice; None: the profile's default."""
+    max_head_columns: int | None = None
+    """Vocabulary entries a piece of the head may have; None: the target's own limit."""
+    palettes: bool = False
+    """4-bit codes as indices into a palette of 16 numbers."""
     try_out: bool = True
     """Run what was written once in a process of its own, where a runtime could crash."""
     stop_token_ids: tuple[int, ...] = ()
@@ -119,6 +150,52 @@ class OperatorTime:
     name: str
     calls: int
     seconds: float
+
+
+Severity: TypeAlias = 'Literal["error", "warning"]'
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a linter holds against a file of a bundle: errors stop a build, warnings go into its report."""
+
+    rule: str
+    severity: Severity
+    file: str
+    function: str
+    """Empty where the whole file is meant."""
+    item: str
+    """An operation, a tensor or a state; may be empty."""
+    text: str
+    """What was found, the value, the rule and the remedy."""
+    source: str
+    """Who says so: an issue, a page, or a section of the project's own facts."""
+
+    @property
+    def where(self) -> str:
+        """File, function and item, as far as they are known."""
+        return ": ".join(part for part in (self.file, self.function, self.item) if part)
+
+
+def grouped(findings: Iterable[Finding]) -> list[dict[str, Any]]:
+    """For a report: one entry for each rule, its first finding and how many there are."""
+    found: dict[str, dict[str, Any]] = {}
+    for each in findings:
+        entry = {"rule": each.rule, "severity": each.severity, "text": each.text, "source": each.source}
+        found.setdefault(each.rule, {**entry, "where": each.where, "count": 0})["count"] += 1
+    return list(found.values())
+
+
+def refuse(findings: Iterable[Finding]) -> None:
+    """Stop a build that a linter holds an error against.
+
+    Raises:
+        ExportError: naming every error.
+    """
+    errors = [found for found in findings if found.severity == "error"]
+    if errors:
+        listed = "; ".join(f"{found.where}: {found.text} [{found.rule}: {found.source}]" for found in errors)
+        raise ExportError(f"the linter found {len(errors)} error(s): {listed}")
 
 
 class Session(Protocol):
@@ -168,6 +245,8 @@ class Target(Protocol):
     """What an app must link and call, for the model card."""
     packages: tuple[str, ...]
     """Python packages it needs, of the extra that has its name."""
+    measured: str
+    """Where numbers of its sessions come from: host, the runtime itself on this machine, or emulated."""
     capabilities: Capabilities
 
     def lower(self, job: Job) -> Lowered:
@@ -176,6 +255,10 @@ class Target(Protocol):
 
     def open(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> Session:
         """Load a finished bundle."""
+        ...
+
+    def open_exact(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> Session:
+        """The same, but with every activation and state in float32, whatever the files say."""
         ...
 
     def stored_weights(
@@ -197,4 +280,14 @@ class Target(Protocol):
 
     def decode_bytes(self, folder: Path, manifest: Mapping[str, Any]) -> int:
         """Bytes that one decode step must read: weights, and states that are read whole."""
+        ...
+
+    def lint(
+        self, folder: Path, manifest: Mapping[str, Any], *, activations: bool = False
+    ) -> list[Finding] | None:
+        """What devices are known to object to in the files of a bundle; None where the target has no linter.
+
+        Args:
+            activations: also run the files for a few tokens and look at every value.
+        """
         ...

@@ -26,14 +26,24 @@ class CallError(ExportError):
     """A signature was called against its contract."""
 
 
-def signatures(job: Job, stages: Callable[[str], list[dict[str, Any]]]) -> dict[str, Any]:
-    """Every signature of a bundle with one `embed`; `stages` gives a signature's stages by its name."""
+def signatures(
+    job: Job, stages: Callable[[str], list[dict[str, Any]]], floats: str = "float32", pieces: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Every signature of a bundle with one `embed`.
+
+    Args:
+        stages: gives a signature's stages by its name. floats: dtype of embeddings and logits. pieces: columns of
+            each piece of a split head.
+    """
     hidden, vocab = job.config.text.hidden_size, job.config.text.vocab_size
+    logits: list[tuple[str, tuple[int, int]]] = [("logits", (1, vocab))]
+    if len(pieces) > 1:
+        logits = [(f"logits_{index}", (1, columns)) for index, columns in enumerate(pieces)]
     found = {"embed": _signature([("input_ids", (1, "S"))], [("embeddings", (1, "S", hidden))])}
     for tokens in (1, *job.prefill_lengths):
         name = "decode" if tokens == 1 else f"prefill_{tokens}"
         inputs = [("embeddings", (1, tokens, hidden)), ("position_ids", (3, tokens)), ("start", (1,))]
-        found[name] = _signature(inputs + ([] if tokens == 1 else [("valid", (1,))]), [("logits", (1, vocab))])
+        found[name] = _signature(inputs + ([] if tokens == 1 else [("valid", (1,))]), logits)
     vision = job.config.vision
     for height, width in job.image_sizes if vision is not None else ():
         side = vision.pixels_per_token if vision is not None else 1
@@ -41,6 +51,10 @@ def signatures(job: Job, stages: Callable[[str], list[dict[str, Any]]]) -> dict[
         found[f"vision_{height}x{width}"] = _signature(
             [("image", (1, 3, height, width))], [("image_embeddings", (1, rows, hidden))]
         )
+    for entry in found.values():
+        for tensor in (*entry["inputs"], *entry["outputs"]):
+            if tensor["name"] != "image" and tensor["dtype"] == "float32":
+                tensor["dtype"] = floats
     return {name: {**entry, "stages": stages(name)} for name, entry in found.items()}
 
 
@@ -49,7 +63,11 @@ Declared = Sequence[tuple[str, Sequence[int | str]]]
 
 def _signature(inputs: Declared, outputs: Declared) -> dict[str, Any]:
     def tensors(declared: Declared) -> list[dict[str, Any]]:
-        return [{"name": name, "dtype": DTYPES[name], "shape": list(shape)} for name, shape in declared]
+        dtypes = [DTYPES["logits" if name.startswith("logits_") else name] for name, _ in declared]
+        return [
+            {"name": name, "dtype": dtype, "shape": list(shape)}
+            for (name, shape), dtype in zip(declared, dtypes, strict=True)
+        ]
 
     return {"inputs": tensors(inputs), "outputs": tensors(outputs)}
 

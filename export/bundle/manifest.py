@@ -70,7 +70,7 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
         listed.add(entry["path"])
     for place, path in _references(manifest):
         check_path(path)
-        if path not in listed:
+        if path not in listed and not any(file.startswith(f"{path}/") for file in listed):  # a package directory
             raise BundleError(f"{MANIFEST}: {place} names {path}, which `files` does not list; export the bundle again")
     for problem in _contradictions(manifest):
         raise BundleError(f"{MANIFEST}: {problem}; export the bundle again")

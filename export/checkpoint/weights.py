@@ -226,12 +226,15 @@ class Weights:
         """A whole parameter as float32."""
         return self.rows(name, 0, self.parameters[name].shape[0])
 
-    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """(first row, float32 [rows, …]) covering the parameter in order, about 16 MiB at a time."""
+    def blocks(self, name: str, first: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(first row, float32 [rows, …]) covering rows first…stop-1 of the parameter (all of them by default) in
+        order, about 16 MiB at a time; blocks have an even number of rows, so that 4-bit values of them fill bytes.
+        """
         shape = self.parameters[name].shape
         columns = 1
         for extent in shape[1:]:
             columns *= extent
-        step = max(1, BLOCK_ELEMENTS // columns)
-        for start in range(0, shape[0], step):
-            yield start, self.rows(name, start, min(start + step, shape[0]))
+        step = max(2, BLOCK_ELEMENTS // columns // 2 * 2)
+        stop = shape[0] if stop is None else stop
+        for start in range(first, stop, step):
+            yield start, self.rows(name, start, min(start + step, stop))

@@ -34,11 +34,11 @@ class Quantizer:
         setting = self.recipe.roles[role]
         return setting if setting.quantised else None
 
-    def blocks(self, name: str) -> Iterator[tuple[int, QuantizedBlock]]:
-        """(first row, quantised rows) of a parameter, in order, about 4 M weights at a time."""
+    def blocks(self, name: str, first: int = 0, stop: int | None = None) -> Iterator[tuple[int, QuantizedBlock]]:
+        """(first row, quantised rows) of a parameter, or of its rows first…stop-1, about 4 M weights at a time."""
         setting = self._required(name)
         signal = noise = 0.0
-        for start, rows in self.weights.blocks(name):
+        for start, rows in self.weights.blocks(name, first, stop):
             block = _quantised(name, rows, setting)
             error = block.dequantize().sub_(rows)
             signal += float(rows.square().sum())

@@ -40,7 +40,8 @@ Read `manifest.json` to find out what is inside; it is the contract of this fold
 {% endfor -%}
 {% endfor %}
 {% if report.latency is defined %}
-Measured on the host that built it, {{ report.latency.bundle.decode.threads }} threads: prefill \
+{{ "Measured" if report.latency.bundle.decode.source == "host" else "Emulated" }} on the host that built it, \
+{{ report.latency.bundle.decode.threads }} threads: prefill \
 {{ number(report.latency.bundle.prefill.tokens_per_s_median) }} and decode \
 {{ number(report.latency.bundle.decode.tokens_per_s_median) }} tokens/s (median). A phone differs.
 {% endif -%}

@@ -38,8 +38,14 @@ PAGE = """<!doctype html>
 <td class="g">{{ gate(c) }}</td><td class="{{ c.status }}">{{ c.status }}</td>
 <td class="reason">{{ c.reason }}</td></tr>{% endfor %}</table>
 {% endfor %}
+{% if r.lint %}<h2>Linter</h2>
+<p class="sub">What devices are known to object to; none of it stopped the build.</p>
+<table><tr><th>rule</th><th class="n">findings</th><th>first</th><th>what</th><th>source</th></tr>
+{% for f in r.lint %}<tr><td>{{ f.rule }}</td><td class="n">{{ f.count }}</td><td class="g">{{ f.where }}</td>
+<td class="reason">{{ f.text }}</td><td class="reason">{{ f.source }}</td></tr>{% endfor %}</table>{% endif %}
 {% for title, svg in plots %}<figure><h2>{{ title }}</h2>{{ svg | safe }}</figure>{% endfor %}
-{% if r.latency %}<h2>Latency on the host</h2>
+{% if r.latency %}{% set real = r.latency.bundle.decode.source == "host" %}
+<h2>Latency {{ "on the host" if real else "of the emulation" }}</h2>
 <table><tr><th></th><th class="n">prefill tokens/s</th><th class="n">decode tokens/s</th>
 <th class="n">p90</th><th class="n">ms per token</th></tr>
 {% for who in ("bundle", "reference") %}{% if r.latency[who] %}<tr><td>{{ who }}</td>
@@ -49,7 +55,8 @@ PAGE = """<!doctype html>
 <td class="n">{{ number(1000 / r.latency[who].decode.tokens_per_s_median) }}</td></tr>{% endif %}{% endfor %}</table>
 {{ bars | safe }}
 <p class="sub">Median, {{ r.latency.bundle.decode.threads }} threads, wall clock of the machine that built
- the bundle.</p>
+ the bundle.{% if not real %} The bundle was emulated: its speed here says nothing
+ of a device.{% endif %}</p>
 {% endif %}
 </body></html>
 """
@@ -66,7 +73,7 @@ def render(manifest: dict[str, Any], report: dict[str, Any]) -> str:
     return template(PAGE).render(
         style=STYLE,
         m=manifest,
-        r={"latency": None, **report},
+        r={"latency": None, "lint": [], **report},
         number=number,
         speed=speed,
         gate=gate,

@@ -128,7 +128,7 @@ def measure_bundle(
     steps: int = 24,
 ) -> dict[str, Any]:
     """Speed, load time and peak memory of a bundle, and its share of the bound that read bandwidth, measured
-    between decode steps in the same run, sets on the bytes a token must read.
+    between decode steps in the same run, sets on the bytes a token must read; that share not of an emulation.
 
     Args:
         prompt_tokens: by default 512, or half of a shorter context.
@@ -154,10 +154,14 @@ def measure_bundle(
     result["load_s"] = session.load_seconds
     cache = latency.cache_row_bytes(manifest) * (prompt_tokens + min(steps, context - prompt_tokens) // 2)
     result["decode_bytes"] = target.decode_bytes(folder, manifest) + cache
-    with latency.Bandwidth(threads) as bandwidth:
-        result["bursts"] = latency.measure_bursts(work, bandwidth, max(3, steps // latency.BURST))
+    result["bursts"], result["bandwidth"] = [], {}
+    for name in ("prefill", "decode"):
+        result[name]["source"] = target.measured
+    if target.measured == "host":  # what bounds an emulation is no memory
+        with latency.Bandwidth(threads) as bandwidth:
+            result["bursts"] = latency.measure_bursts(work, bandwidth, max(3, steps // latency.BURST))
+        result["bandwidth"] = bandwidth_share(result["bursts"], result["decode_bytes"])
     session.close()
-    result["bandwidth"] = bandwidth_share(result["bursts"], result["decode_bytes"])
     return result
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from export.chat.conversation import Contract, Conversation, chunks, join_logits
 from export.checkpoint.base import Checkpoint
@@ -26,7 +28,7 @@ from export.model.positions import splice
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
 from export.validate import metrics, reference
-from export.validate.gates import GREEDY, Check, check, failed
+from export.validate.gates import GATES, GREEDY, Check, check, failed
 from export.validate.probe import Probe, make_probe, picture
 from targets.base import Job, Session, Target
 
@@ -76,6 +78,11 @@ class Case:
     """Token ids the probes are made of (repeated where they are too few); None: random ids."""
     prompts: list[list[int]] = field(default_factory=list)
     """Prompts without pictures that are continued greedily; none: that check is left out."""
+
+    @property
+    def floats(self) -> str:
+        """Dtype of the bundle's activations."""
+        return self.target.capabilities.floats
 
     @cached_property
     def weights(self) -> Weights:
@@ -149,8 +156,8 @@ def canonical(config: ModelConfig, states: Mapping[str, NDArray[Any]]) -> Arrays
     for name, array in states.items():
         wanted = shapes[name]
         plain: NDArray[Any] = array.reshape(array.shape[-len(wanted.shape) :])
-        if wanted.kind == "conv" and plain.shape != wanted.shape:
-            plain = plain.T
+        if wanted.kind == "conv":  # the last K-1 inputs, where a target keeps more
+            plain = (plain if plain.shape[0] == wanted.shape[0] else plain.T)[:, -wanted.shape[1] :]
         if wanted.kind in ("key", "value") and plain.shape[0] != wanted.shape[0]:
             plain = plain.swapaxes(0, 1)
         result[name] = plain
@@ -194,14 +201,14 @@ def _pictures(session: Session, pictures: list[NDArray[np.float32]]) -> list[NDA
 def replay(
     session: Session, rows: NDArray[Any], positions: NDArray[Any], plan: list[tuple[int | None, int]], junk: float
 ) -> list[NDArray[np.float32]]:
-    """Run a plan on a session; logits [V] after each call. Padded rows are filled with `junk`, and where that
-    is not zero they stand at nonsense positions.
+    """Run a plan on a session; logits [V] after each call. Rows [T, D] are in the dtype of the bundle's embeddings.
+    Padded ones are filled with `junk`, and where that is not zero they stand at nonsense positions.
     """
     session.reset()
     results = []
     for first, length, valid in reference.pieces(len(rows), plan):
         size = length or 1
-        chunk = np.full((1, size, rows.shape[1]), junk, np.float32)
+        chunk = np.full((1, size, rows.shape[1]), junk, rows.dtype)
         chunk[0, :valid] = rows[first : first + valid]
         places = np.full((3, size), 0 if junk == 0 else 54321, np.int32)
         places[:, :valid] = positions[:, first : first + valid]
@@ -225,8 +232,8 @@ def shallow(config: ModelConfig, parameters_limit: int = 150_000_000) -> ModelCo
 def file_layers(manifest: Mapping[str, Any]) -> int | None:
     """Decoder layers a file of the bundle holds at most, where it has several files."""
     stages = manifest["signatures"]["decode"]["stages"]
-    layers = {state["name"]: state["layer"] for state in manifest["states"]}
-    counts = [len({layers[name] for name in stage.get("states", {})}) for stage in stages]
+    layers = {state["name"]: np.atleast_1d(state["layer"]).tolist() for state in manifest["states"]}
+    counts = [len({layer for name in stage.get("states", {}) for layer in layers[name]}) for stage in stages]
     return max(1, *counts) if len(counts) > 1 else None
 
 
@@ -234,6 +241,12 @@ def _cut(manifest: Mapping[str, Any], config: ModelConfig) -> int | None:
     """Layers of a file in L1: as in the bundle, but a bundle of several files is never lowered to one."""
     most = file_layers(manifest)
     return None if most is None else min(most, max(1, config.text.num_hidden_layers - 1))
+
+
+def _head_columns(manifest: Mapping[str, Any]) -> int | None:
+    """Columns of the largest piece of a split head."""
+    outputs = manifest["signatures"]["decode"]["outputs"]
+    return max(tensor["shape"][1] for tensor in outputs) if len(outputs) > 1 else None
 
 
 def l1(case: Case) -> Rung:
@@ -257,6 +270,9 @@ def l1(case: Case) -> Rung:
                 case.image_sizes,
                 folder,
                 max_file_layers=_cut(case.manifest, config),
+                profile=case.manifest["target"]["profile"],
+                state_layout=case.manifest["target"].get("state_layout"),
+                max_head_columns=_head_columns(case.manifest),
             )
         )
         manifest = {
@@ -265,14 +281,18 @@ def l1(case: Case) -> Rung:
             "states": lowered.states,
             "context_length": context,
         }
-        with closing(case.target.open(folder, manifest, case.threads)) as session:
-            rung = compare_lowered(session, weights, probe, plan, rows, case.prefill_lengths, case.pictures)
+        rung = compare_files(
+            case.target, folder, manifest, case.threads, weights, probe, plan, rows, case.prefill_lengths, case.pictures
+        )
         rung.checks.append(check("L1.layers", config.text.num_hidden_layers))
         return rung
 
 
-def compare_lowered(
-    session: Session,
+def compare_files(
+    target: Target,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    threads: int,
     weights: Weights,
     probe: Probe,
     plan: list[tuple[int | None, int]],
@@ -280,10 +300,59 @@ def compare_lowered(
     prefill_lengths: tuple[int, ...],
     pictures: list[NDArray[np.float32]],
 ) -> Rung:
-    """L1 on an open session: logits and states, padding, vision, embedding."""
+    """L1 of files lowered without quantisation.
+
+    A target that stores floats in float16 is compared twice: with float32 in their place and weights that are
+    rounded on both sides, where nothing but a wrong lowering makes a difference; and as it is.
+    """
+    floats = target.capabilities.floats
+
+    def compare(session: Session, given: Weights, fed: NDArray[Any], prefix: str) -> Rung:
+        with closing(session):
+            return compare_lowered(session, given, probe, plan, fed, prefill_lengths, pictures, prefix)
+
+    if floats == "float32":
+        return compare(target.open(folder, manifest, threads), weights, rows, "L1")
+    half = rows.astype(floats)
+    exact = compare(target.open_exact(folder, manifest, threads), RoundedWeights(weights), half, "L1.exact")
+    stored = compare(target.open(folder, manifest, threads), weights, half, f"L1.{floats}")
+    return Rung("L1", exact.checks + stored.checks, {**stored.series, "exact_states": exact.series["states"]})
+
+
+class RoundedWeights(Weights):
+    """Weights as float16 holds them, in float32."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(weights.checkpoint, weights.config)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return super().rows(name, start, stop).half().float()
+
+
+def compare_lowered(
+    session: Session,
+    weights: Weights,
+    probe: Probe,
+    plan: list[tuple[int | None, int]],
+    rows: NDArray[Any],
+    prefill_lengths: tuple[int, ...],
+    pictures: list[NDArray[np.float32]],
+    prefix: str = "L1",
+) -> Rung:
+    """L1 on an open session: logits and states, padding, vision, embedding.
+
+    Args:
+        rows: in the dtype of the session's embeddings. prefix: of the checks; their gates are those of L1 where it
+            has none of its own.
+    """
     config = weights.config
+
+    def gated(name: str, value: float) -> Check:
+        own = f"{prefix}.{name}"
+        return check(own, value, own if own in GATES else f"L1.{name}")
+
     expected, states = reference.own_sequence(
-        weights, rows, probe.positions, plan, state.cache_rows(len(rows), prefill_lengths)
+        weights, rows.astype(np.float32), probe.positions, plan, state.cache_rows(len(rows), prefill_lengths)
     )
     ends = [first + valid - 1 for first, _, valid in reference.pieces(len(rows), plan)]
     logits = np.stack(replay(session, rows, probe.positions, plan, junk=0.0))
@@ -292,16 +361,16 @@ def compare_lowered(
     padded = np.stack(replay(session, rows, probe.positions, plan, junk=float("nan")))
     leaks = state_errors(config, clean, canonical(config, session.states()), len(rows))
     checks = [
-        check("L1.logits", metrics.relative(expected[ends], logits)),
-        check("L1.states", max(errors.values())),
-        check("L1.padding", max(metrics.relative(logits, padded), *leaks.values())),
+        gated("logits", metrics.relative(expected[ends], logits)),
+        gated("states", max(errors.values())),
+        gated("padding", max(metrics.relative(logits, padded), *leaks.values())),
     ]
     embedded = session.run("embed", {"input_ids": np.asarray([probe.ids], np.int64)})["embeddings"]
-    plain = reference.embed(weights.checkpoint, probe.ids)
-    checks.append(check("L1.embed", metrics.relative(plain, embedded[0]), "L1.logits"))
+    plain = torch.cat([weights.rows("embedding.weight", i, i + 1) for i in probe.ids]).numpy()
+    checks.append(gated("embed", metrics.relative(plain, embedded[0])))
     if pictures:
         ours = [reference.own_vision(weights, each) for each in pictures]
-        checks.append(check("L1.vision", _worst(ours, _pictures(session, pictures))))
+        checks.append(gated("vision", _worst(ours, _pictures(session, pictures))))
     series = {"states": errors, "logits": _row_errors(expected[ends], logits), "rows": ends}
     return Rung("L1", checks, series)
 
@@ -321,6 +390,8 @@ def l2(case: Case) -> Rung:
             expected = _positions(quantizer, parameter, size)
         else:
             expected = quantizer.reference_rows(parameter, start, start + len(block))
+        if case.floats == "float16" and quantizer.setting(parameter) is None:
+            expected = expected.half().float()
         # As bits: a NaN differs from itself, and -0 is another weight than 0 only in name.
         different = expected.numel()
         if expected.numel() == block.numel():
@@ -385,7 +456,7 @@ def _l3(case: Case, session: Session) -> Rung:
     ends = [first + valid - 1 for first, _, valid in reference.pieces(len(rows), case.plan)]
     logits = np.stack(replay(session, rows, probe.positions, case.plan, junk=0.0))
     errors = state_errors(case.config, true_states, canonical(case.config, session.states()), len(rows))
-    kind = quality(case.recipe)
+    kind = quality(case.recipe, floats=case.floats)
     wanted = truth[ends]
     kl = metrics.kl(wanted, logits)
     agree = metrics.agreement(wanted, logits)
@@ -409,7 +480,7 @@ def _l3(case: Case, session: Session) -> Rung:
         check("L3.chunking", float(metrics.kl(stepwise, logits).mean()), f"L3.{kind}.chunking", case.gate_quality)
     )
     if case.pictures:
-        seeing = quality(case.recipe, ("vision",))
+        seeing = quality(case.recipe, ("vision",), case.floats)
         value = _worst(case.true_pictures, _pictures(session, case.pictures))
         checks.append(check("L3.vision", value, f"L3.{seeing}.vision", case.gate_quality))
     series: dict[str, Any] = {"kl": [float(x) for x in kl], "rows": ends, "states": errors}
@@ -450,7 +521,7 @@ def _drift(
     rows = reference.embed(case.checkpoint, probe.ids)
     truth, _ = reference.hf_sequence(case.checkpoint, case.config, rows, probe.positions, tokens - steps)
     plan = [*chunks(tokens - steps, case.prefill_lengths), *[(None, 1)] * steps]
-    logits = np.stack(replay(session, rows, probe.positions, plan, junk=0.0))[-steps:]
+    logits = np.stack(replay(session, rows.astype(case.floats), probe.positions, plan, junk=0.0))[-steps:]
     kl = metrics.kl(truth[-steps:], logits)
     quarter = max(1, steps // 4)
     series["drift_kl"] = [float(x) for x in kl]
@@ -521,10 +592,12 @@ def generator(session: Any, contract: Contract) -> Callable[[list[NDArray[Any]],
     return generate
 
 
-def quality(recipe: Recipe, roles: tuple[str, ...] | None = None) -> str:
-    """Which row of the gates a recipe, or some of its roles, is held to: that of its narrowest weights."""
+def quality(recipe: Recipe, roles: tuple[str, ...] | None = None, floats: str = "float32") -> str:
+    """Which row of the gates a recipe, or some of its roles, is held to: that of its narrowest weights, or of the
+    runtime's activations where nothing is quantised.
+    """
     bits = min(setting.bits for role, setting in recipe.roles.items() if roles is None or role in roles)
-    return "int4" if bits <= 4 else "int8" if bits <= 8 else "fp32"
+    return "int4" if bits <= 4 else "int8" if bits <= 8 else "fp32" if floats == "float32" else "fp16"
 
 
 def climb(case: Case, rungs: tuple[str, ...] = RUNGS, on_rung: Callable[[str], None] = lambda r: None) -> list[Rung]:

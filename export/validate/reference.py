@@ -8,7 +8,8 @@ layer is loaded. transformers' modules are used as they are; only the loop aroun
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,13 +55,14 @@ def load_module(module: torch.nn.Module, checkpoint: Checkpoint, prefix: str) ->
     return module.eval().requires_grad_(False)
 
 
-def head_logits(checkpoint: Checkpoint, config: ModelConfig, hidden: Tensor) -> NDArray[np.float32]:
-    """hidden [T, D] times the head in row blocks: logits [T, V]."""
-    name = f"{TEXT}.embed_tokens.weight" if config.text.tie_word_embeddings else "lm_head.weight"
+def head_logits(
+    read: Callable[[int, int], Tensor], config: ModelConfig, hidden: Tensor
+) -> NDArray[np.float32]:
+    """hidden [T, D] times the head, which `read` gives by rows, in blocks of them: logits [T, V]."""
     logits = np.empty((hidden.shape[0], config.text.vocab_size), np.float32)
     for start in range(0, config.text.vocab_size, HEAD_ROWS):
         stop = min(start + HEAD_ROWS, config.text.vocab_size)
-        logits[:, start:stop] = (hidden @ checkpoint.read(name, start, stop).T).numpy()
+        logits[:, start:stop] = (hidden @ read(start, stop).T).numpy()
     return logits
 
 
@@ -151,7 +153,8 @@ def hf_sequence(
             states[f"recurrent_{index}"] = cache.get_recurrent_state(index, state_idx=0)[0].numpy()
     norm = _on_meta(lambda: hf.Qwen3_5RMSNorm(config.text.hidden_size, config.text.rms_norm_eps))
     load_module(norm, checkpoint, f"{TEXT}.norm")
-    return head_logits(checkpoint, config, norm(hidden)[0]), states
+    name = f"{TEXT}.embed_tokens.weight" if config.text.tie_word_embeddings else "lm_head.weight"
+    return head_logits(partial(checkpoint.read, name), config, norm(hidden)[0]), states
 
 
 def fill(module: torch.nn.Module, weights: Weights, prefix: str) -> torch.nn.Module:
@@ -219,4 +222,4 @@ def own_sequence(
         states |= {s.name: t.numpy() for s, t in zip(layout, current, strict=True)}
     norm = weights.tensor("decoder.norm.weight")
     normed = ops.rms_norm(hidden, norm, config.text.rms_norm_eps)
-    return head_logits(weights.checkpoint, config, normed), states
+    return head_logits(partial(weights.rows, "decoder.head.weight"), config, normed), states

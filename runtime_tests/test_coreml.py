@@ -1,0 +1,278 @@
+"""The Core ML target on small random models: L1 with and without float16, L2 bit for bit, cuts, states, packages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from export.checkpoint.weights import Weights
+from export.model import delta_rule as reference_rule
+from export.model.config import ModelConfig
+from export.quantize.quantizer import Quantizer
+from export.quantize.recipe import Recipe, Setting, load_recipe
+from export.sizes import SIZES
+from export.spec import UsageError
+from export.validate import metrics
+from export.validate.ladder import Case, l2, replay
+from runtime_tests import mil
+from runtime_tests.conftest import MemoryCheckpoint, build, climb_l1, variant
+from targets import load_target
+from targets.base import Job
+from targets.table import Table
+from targets.to_coreml import delta_rule
+from targets.to_coreml.cut import MAX_BYTES, cut, head_pieces
+from targets.to_coreml.interpreter import Interpreter
+from targets.to_coreml.program import Package
+from targets.to_coreml.session import CoreMLSession
+
+NAME = "coreml"
+
+
+def test_l1_holds_for_every_config(checkpoint: Any, tmp_path: Path) -> None:
+    """80 tokens are a full chunk of the delta rule and a shorter one."""
+    rung = climb_l1(checkpoint, tmp_path, NAME, lengths=(16, 80))
+    assert rung.status == "PASS", [c for c in rung.checks if c.status == "FAIL"]
+    assert {c.name for c in rung.checks} >= {"L1.exact.logits", "L1.exact.vision", "L1.float16.states"}
+
+
+UNTIED = variant(linear_num_key_heads=4, linear_num_value_heads=4, tied=False, num_hidden_layers=5, vocab_size=400)
+
+
+@pytest.mark.parametrize(
+    ("profile", "layout"), [("ane", "separate"), ("gpu", "stacked"), ("gpu", "explicit"), ("ane", "stacked")]
+)
+def test_l1_holds_for_every_profile_and_layout_in_several_packages(
+    profile: str, layout: str, tmp_path: Path
+) -> None:
+    """Five layers in packages of two, an untied head in four pieces of its own columns."""
+    rung = climb_l1(
+        MemoryCheckpoint(UNTIED),
+        tmp_path,
+        NAME,
+        lengths=(80,),
+        profile=profile,
+        state_layout=layout,
+        max_file_layers=2,
+        max_head_columns=128,
+    )
+    assert rung.status == "PASS", [c for c in rung.checks if c.status == "FAIL"]
+    assert sorted(path.name for path in tmp_path.glob("*.mlpackage")) == [
+        "decoder_0.mlpackage",
+        "decoder_1.mlpackage",
+        "decoder_2.mlpackage",
+        "vision.mlpackage",
+    ]
+
+
+def case(checkpoint: MemoryCheckpoint, folder: Path, recipe: Recipe, **limits: Any) -> Case:
+    _, manifest, _ = build(checkpoint, folder, recipe, NAME, lengths=(16,), **limits)
+    return Case(checkpoint, checkpoint.model_config, recipe, load_target(NAME), folder, manifest, 1)
+
+
+ASYMMETRIC = Recipe(
+    "asymmetric",
+    {
+        role: Setting(4, 64, symmetric=False) if role != "vision" else Setting(8)
+        for role in ("decoder", "linear_attention", "lm_head", "embedding", "vision")
+    },
+)
+SYMMETRIC_HEAD = replace(ASYMMETRIC, roles={**ASYMMETRIC.roles, "lm_head": Setting(4, 32), "embedding": Setting(4, 32)})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tied", "limits"),
+    [
+        (load_recipe("int4", 32), True, {}),
+        (load_recipe("int4", 32), True, {"palettes": True}),
+        (load_recipe("int4", 32), False, {"palettes": True, "profile": "ane"}),
+        (load_recipe("int8"), True, {"profile": "ane"}),
+        (load_recipe("fp32"), False, {}),
+        (SYMMETRIC_HEAD, False, {"max_head_columns": 128, "max_file_bytes": 400_000}),
+    ],
+    ids=["int4", "palettes", "palettes-untied-ane", "int8-ane", "fp32-untied", "asymmetric-cut"],
+)
+def test_l2_every_stored_weight_equals_the_quantiser(
+    recipe: Recipe, tied: bool, limits: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoint = MemoryCheckpoint(variant(tied=tied, num_hidden_layers=4, vocab_size=400, vision={"hidden_size": 64}))
+    rung = l2(case(checkpoint, tmp_path, recipe, **limits))
+    assert rung.status == "PASS", rung.series
+
+
+def test_l2_notices_one_changed_byte(small: Any, tmp_path: Path) -> None:
+    whole = case(small, tmp_path, load_recipe("int4", 32))
+    file = tmp_path / "decoder.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
+    package = Package(tmp_path / "decoder.mlpackage")
+    operation = next(
+        o for o in package.function("decode").operations if o.name == "decoder_layers_0_mlp_up_weight"
+    )
+    _, offset = operation.inputs["data"][0].key[:2]  # type: ignore[union-attr]
+    with open(file, "r+b") as out:
+        out.seek(offset + 64 + 5)
+        byte = out.read(1)[0]
+        out.seek(offset + 64 + 5)
+        out.write(bytes([byte ^ 1]))
+    rung = l2(whole)
+    assert rung.checks[0].value == 1
+    assert rung.series["wrong"] == ["decoder.layers.0.mlp.up.weight"]
+
+
+def test_a_tied_embedding_is_read_from_the_pieces_of_the_head(tmp_path: Path) -> None:
+    """The pieces lie together in weight.bin, so that a table over them is the whole matrix."""
+    checkpoint = MemoryCheckpoint(variant(num_hidden_layers=4, vocab_size=400))
+    _, manifest, quantizer = build(
+        checkpoint, tmp_path, load_recipe("int4", 32), NAME, lengths=(16,), max_head_columns=128
+    )
+    (stage,) = manifest["signatures"]["embed"]["stages"]
+    assert stage["file"] == "decoder.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
+    assert [t["shape"] for t in manifest["signatures"]["decode"]["outputs"]] == [[1, 128], [1, 128], [1, 128], [1, 16]]
+    table = Table(tmp_path, stage)
+    assert np.array_equal(table[slice(0, 400)], quantizer.reference_rows("embedding.weight", 0, 400).numpy())
+
+
+def job(size: str, folder: Path, recipe: str = "int4", **limits: Any) -> Job:
+    """Of random weights in the true shapes; nothing is read for planning."""
+    config = ModelConfig.from_dict(SIZES[size].config or {})
+    quantizer = Quantizer(Weights(None, config), load_recipe(recipe))  # type: ignore[arg-type]
+    return Job(config, quantizer, 1024, (64, 512), (), folder, **limits)
+
+
+@pytest.mark.parametrize(("size", "recipe", "packages"), [("2b", "int4", 2), ("4b", "int8", 5), ("9b", "int4", 5)])
+def test_real_sizes_are_cut_within_the_limits(size: str, recipe: str, packages: int, tmp_path: Path) -> None:
+    from targets.to_coreml.cut import stored_bytes
+
+    plan = job(size, tmp_path, recipe)
+    parts = cut(plan)
+    assert len(parts) == packages
+    layers = [layer for part in parts for layer in part.layers]
+    assert layers == list(range(plan.config.text.num_hidden_layers))
+    pieces = [piece for part in parts for piece in part.head]
+    assert [row for piece in pieces for row in (piece.start, piece.stop)][1:-1:2] == [p.start for p in pieces[1:]]
+    assert pieces[0].start == 0 and pieces[-1].stop == 248_320
+    assert max(map(len, pieces)) < 65_536
+    row = stored_bytes(plan, "decoder.head.weight") / 248_320
+    for part in parts:
+        size_bytes = sum(stored_bytes(plan, f"decoder.layers.{layer}.") for layer in part.layers)
+        assert size_bytes + row * sum(map(len, part.head)) <= MAX_BYTES
+
+
+def test_limits_that_cannot_hold_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--max-file-size 1000000: layer 0 alone has \d+ bytes and is not cut"):
+        cut(job("2b", tmp_path, max_file_bytes=1_000_000))
+    with pytest.raises(UsageError, match="--max-head-columns 100: a piece of the head has a multiple of 128 columns"):
+        head_pieces(400, 100)
+
+
+def test_a_call_from_the_start_clears_every_state(small: Any, tmp_path: Path) -> None:
+    """Whatever the runtime still keeps, NaN included, a call with start = 0 begins from zeros."""
+    _, manifest, _ = build(small, tmp_path, Recipe.unquantised(), NAME, lengths=(16,))
+    session = CoreMLSession(tmp_path, manifest, 1)
+    rows = np.random.default_rng(0).standard_normal((20, 128)).astype(np.float16)
+    positions = np.tile(np.arange(20, dtype=np.int32), (3, 1))
+    plan = [(16, 16), *[(None, 1)] * 4]
+    expected = replay(session, rows, positions, plan, junk=0.0)
+    kept, explicit = session.snapshot()
+    spoilt = {
+        file: {name: np.full_like(array, np.nan) for name, array in states.items() if name[:3] in ("con", "rec")}
+        for file, states in kept.items()
+    }
+    session.restore(({file: {**kept[file], **spoilt[file]} for file in kept}, explicit))
+    reset, session.reset = session.reset, lambda: None  # type: ignore[method-assign]
+    again = replay(session, rows, positions, plan, junk=0.0)
+    session.reset = reset  # type: ignore[method-assign]
+    assert all(np.array_equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+def test_a_package_opens_in_coremltools_and_says_what_everything_is(small: Any, tmp_path: Path) -> None:
+    from coremltools.converters.mil.frontend.milproto.load import load
+
+    build(small, tmp_path, load_recipe("int4", 32), NAME, lengths=(16,))
+    for file in ("decoder", "vision"):
+        model = mil.ct.models.MLModel(str(tmp_path / f"{file}.mlpackage"), skip_model_load=True)
+        spec = model.get_spec()
+        load(spec, spec.specificationVersion, model.weights_dir).validate()  # type inference of every operation
+        about = spec.description
+        assert spec.specificationVersion == 9
+        assert about.metadata.author.startswith("qwen35-mobile") and about.metadata.versionString == "int4-g32"
+        for function in about.functions:
+            assert about.metadata.userDefined[f"function {function.name}"]
+            for feature in (*function.input, *function.output, *function.state):
+                assert feature.shortDescription, feature.name
+
+
+def test_the_same_export_gives_the_same_bytes_and_a_whole_package_is_kept(small: Any, tmp_path: Path) -> None:
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        folder.mkdir()
+        build(small, folder, load_recipe("int4", 32), NAME, lengths=(16,))
+    first, second = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in folders)
+    assert first == second
+    decoder, vision = (folders[1] / f"{name}.mlpackage" for name in ("decoder", "vision"))
+    (vision / "Manifest.json").unlink()  # as an interrupt leaves it
+    mark = decoder / "Data/com.apple.CoreML/weights/weight.bin"
+    before = mark.stat().st_mtime_ns
+    build(small, folders[1], load_recipe("int4", 32), NAME, lengths=(16,), resume=True)
+    assert mark.stat().st_mtime_ns == before
+    assert {p.relative_to(folders[1]): p.read_bytes() for p in folders[1].rglob("*") if p.is_file()} == first
+
+
+@pytest.mark.parametrize("tokens", [64, 128])
+@pytest.mark.parametrize("profile", ["gpu", "ane"])
+def test_correlated_keys_stay_finite_in_float16(tokens: int, profile: str, tmp_path: Path) -> None:
+    """Keys that hardly differ, written at full strength: the product form of the inverse overflows (FACTS 1)."""
+    heads, width = 4, 32
+    random = np.random.default_rng(0)
+    key = random.standard_normal((1, heads, 1, width)) + 0.05 * random.standard_normal((1, heads, tokens, width))
+    arrays = {
+        "q": random.standard_normal((1, heads, tokens, width)) * width**-1,
+        "k": key / np.linalg.norm(key, axis=-1, keepdims=True),
+        "v": random.standard_normal((1, heads, tokens, width)),
+        "g": -0.01 * random.random((1, heads, tokens, 1)),
+        "beta": np.full((1, heads, tokens, 1), 0.999),
+        "old": random.standard_normal((1, heads, width, width)),
+    }
+    half = {name: array.astype(np.float16) for name, array in arrays.items()}
+    got = run_chunks(half, tmp_path / profile, profile)
+    wide = {name: torch.from_numpy(array.astype(np.float64))[0] for name, array in half.items()}
+    q, k, v = (wide[name].transpose(0, 1) for name in ("q", "k", "v"))
+    g, beta = (wide[name][..., 0].T for name in ("g", "beta"))
+    output, state = wide["v"].clone(), wide["old"]
+    for place in range(tokens):
+        one = slice(place, place + 1)
+        result, state = reference_rule.step(q[one], k[one], v[one], g[one], beta[one], state)
+        output[:, place] = result[0]
+    assert np.isfinite(got["output"]).all() and np.isfinite(got["state"]).all()
+    assert metrics.relative(output.numpy(), got["output"][0]) < 0.02
+    assert metrics.relative(state.numpy(), got["state"][0]) < 0.02
+
+
+def run_chunks(inputs: Mapping[str, Any], path: Path, profile: str) -> dict[str, Any]:
+    """The chunked delta rule alone, as a saved package on the interpreter."""
+    from targets.to_coreml.lowering import Lowering
+    from targets.to_coreml.profiles import PROFILES
+
+    def body(q: Any, k: Any, v: Any, g: Any, beta: Any, old: Any) -> list[Any]:
+        low = Lowering(None, None, PROFILES[profile], None)  # type: ignore[arg-type]
+        outputs, new = delta_rule._chunks(low, (q, k, v, g, beta), old)
+        joined = outputs[0] if len(outputs) == 1 else mil.mb.concat(values=outputs, axis=2)
+        return [mil.mb.identity(x=joined, name="output"), mil.mb.identity(x=new, name="new")]
+
+    declared = {name: (array.shape, "float16") for name, array in inputs.items()}
+    package = Package(mil.save(path.with_suffix(".mlpackage"), main=mil.function(body, declared)))
+    found = Interpreter(package).run("main", inputs, {})
+    return {"output": found["output"], "state": found["new"]}
+
+
+def test_manifest_and_packages_agree_on_identifiers(small: Any, tmp_path: Path) -> None:
+    build(small, tmp_path, Recipe.unquantised(), NAME, lengths=(16,))
+    written = json.loads((tmp_path / "decoder.mlpackage/Manifest.json").read_text())
+    assert written["itemInfoEntries"][written["rootModelIdentifier"]]["path"] == "com.apple.CoreML/model.mlmodel"
+
+

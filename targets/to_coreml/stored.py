@@ -1,0 +1,157 @@
+"""Reading the weights back out of the packages that ship, as Core ML will interpret them.
+
+Shares no code with what writes them: the operations of the saved programs decide.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.bundle.manifest import BundleError
+from export.quantize.quantizer import Quantizer
+from targets.table import Table
+from targets.to_coreml.blob import BITS, DTYPES, BlobTensor
+from targets.to_coreml.program import Constant, Operation, Package, Reference
+
+ROWS = 4096
+BLOCKWISE, PALETTE = "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense"
+TITLE = re.compile(r"(?P<name>.+?)(__(?P<rest>t|\d+|\d+x\d+))?")
+
+Weight = tuple[str, tuple[int, torch.Tensor]]
+
+
+def packages(manifest: Mapping[str, Any]) -> list[str]:
+    """The packages that the signatures of a bundle call."""
+    stages = [stage for entry in manifest["signatures"].values() for stage in entry["stages"]]
+    return sorted({stage["file"] for stage in stages if stage["kind"] == "graph"})
+
+
+def stored_weights(folder: Path, manifest: Mapping[str, Any], quantizer: Quantizer) -> Iterator[Weight]:
+    """(parameter, (first row, float32 rows)) for every parameter in the files of a bundle. A table of vision
+    positions comes as `parameter@{height}x{width}` for each image size.
+    """
+    known = {name.replace(".", "_"): name for name in quantizer.weights.parameters}
+    for stage in manifest["signatures"]["embed"]["stages"]:
+        table = Table(folder, stage)
+        for start in range(0, table.rows, ROWS):
+            yield "embedding.weight", (start, torch.from_numpy(table[slice(start, start + ROWS)]))
+    for file in packages(manifest):
+        package = Package(folder / file)
+        done: set[Any] = set()
+        for function in package.functions.values():
+            for operation in function.operations:
+                title = TITLE.fullmatch(operation.name)
+                if title is None or title["name"] not in known or operation.type not in ("const", BLOCKWISE, PALETTE):
+                    continue
+                name, rest = known[title["name"]], title["rest"]
+                parts = _parts(operation)
+                key = operation.name, tuple(one.key for one in parts if isinstance(one, BlobTensor)), _shape(parts)
+                if key in done and any(isinstance(one, BlobTensor) for one in parts):
+                    continue
+                done.add(key)
+                yield from _rows(name, rest, parts, quantizer, file)
+
+
+def _parts(operation: Operation) -> tuple[Constant | None, ...]:
+    """Values, palettes, scales and offsets of a constant, as far as it has them."""
+    if operation.type == "const":
+        return (_constant(operation, "val"), None, None, None)
+    if operation.type == PALETTE:
+        return (_constant(operation, "indices"), _constant(operation, "lut"), None, None)
+    scale = _constant(operation, "scale")
+    offset = _constant(operation, "offset") if "offset" in operation.inputs else None
+    return (_constant(operation, "data"), None, scale, offset)
+
+
+def _constant(operation: Operation, key: str) -> Constant:
+    value = operation.inputs[key][0]
+    if isinstance(value, Reference):
+        raise BundleError(f"{operation.name} takes its {key} from {value.name!r}, not a constant; export it anew")
+    return value
+
+
+def _shape(parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(None if one is None else tuple(one.shape) for one in parts)
+
+
+def _rows(
+    name: str, rest: str | None, parts: tuple[Any, ...], quantizer: Quantizer, file: str
+) -> Iterator[Weight]:
+    values, lut, scales, offsets = parts
+    shape = quantizer.weights.parameter(name).shape
+    if rest is not None and "x" in rest:
+        array = _array(values).astype(np.float32)
+        rows = array[0, :, 0].T if array.ndim == 4 else array[0]
+        yield f"{name}@{rest}", (0, torch.from_numpy(np.ascontiguousarray(rows)))
+        return
+    if scales is None and lut is None:
+        if rest == "t":
+            whole = _array(values).astype(np.float32).reshape(shape[::-1]).T
+            yield name, (0, torch.from_numpy(np.ascontiguousarray(whole)))
+            return
+        first = int(rest or 0)
+        count = values.shape[0] if len(shape) > 1 else shape[0]
+        for start in range(0, count, ROWS):
+            part = _slice(values, start, min(start + ROWS, count)) if len(shape) > 1 else _array(values)
+            rows = part.astype(np.float32).reshape(-1, *shape[1:])
+            yield name, (first + start, torch.from_numpy(rows))
+        return
+    first = int(rest or 0)
+    for start in range(0, values.shape[0], ROWS):
+        stop = min(start + ROWS, values.shape[0])
+        count = stop - start
+        codes = _slice(values, start, stop).reshape(count, -1)
+        if lut is not None:
+            numbers = _slice(lut, start, stop).astype(np.float32).reshape(count, -1, lut.shape[-2])
+            grouped = codes.reshape(count, numbers.shape[1], -1)
+            rows = np.take_along_axis(numbers, grouped.astype(np.int64), axis=2)
+        else:
+            scale = _slice(scales, start, stop).astype(np.float32).reshape(count, -1, 1)
+            if codes.shape[1] % scale.shape[1]:
+                raise BundleError(
+                    f"{file} holds {name} with {scale.shape[1]} scales a row of {codes.shape[1]}; export it anew"
+                )
+            rows = codes.astype(np.float32).reshape(count, scale.shape[1], -1)
+            if offsets is not None:
+                rows = rows - _slice(offsets, start, stop).astype(np.float32).reshape(scale.shape)
+            rows = rows * scale
+        yield name, (first + start, torch.from_numpy(rows.reshape(count, -1)))
+
+
+def _array(value: Any) -> NDArray[Any]:
+    return np.asarray(value.array() if isinstance(value, BlobTensor) else value)
+
+
+def _slice(value: Any, start: int, stop: int) -> NDArray[Any]:
+    return np.asarray(value.rows(start, stop) if isinstance(value, BlobTensor) else value[start:stop])
+
+
+def _bytes(tensor: BlobTensor) -> int:
+    bits = BITS.get(tensor.dtype) or 8 * DTYPES[tensor.dtype].itemsize
+    return -(-math.prod(tensor.shape) * bits // 8)
+
+
+def decode_bytes(folder: Path, manifest: Mapping[str, Any]) -> int:
+    """Constants that `decode` reads from weight files, plus the conv and recurrent states, read whole."""
+    total = 0
+    for stage in manifest["signatures"]["decode"]["stages"]:
+        package = Package(folder / stage["file"])
+        sizes = {}
+        for operation in package.function(stage["entry"]).operations:
+            for given in operation.inputs.values():
+                for one in given:
+                    if isinstance(one, BlobTensor):
+                        sizes[one.key] = _bytes(one)
+        total += sum(sizes.values())
+    for state in manifest["states"]:
+        if state["kind"] in ("conv", "recurrent"):
+            total += int(np.prod(state["shape"])) * np.dtype(state["dtype"]).itemsize
+    return total
