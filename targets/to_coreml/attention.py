@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from export.model.operators import grid_rotary_table
 from targets.to_coreml.lowering import Lowering, Value, operands, shape_of
-from targets.to_coreml.norms import half, single
+from targets.to_coreml.norms import half, scaled, single
 
 UNSEEN = np.float16(-3e4)
 """Added to the score of a row that a token must not see: exp of it is 0 in any precision, and it is finite."""
@@ -106,7 +106,7 @@ def attend(low: Lowering, q: Any, k: Any, v: Any, scale: float, mask: Any = None
     plain = q.shape[3] ** -0.5
     if low.profile.fused_attention and abs(scale - plain) < 1e-12:  # the scale that the operation has built in
         return mb.scaled_dot_product_attention(query=q, key=k, value=v, attn_mask=mask)
-    scores = mb.matmul(x=mb.mul(x=q, y=np.float16(scale)), y=k, transpose_y=True)
+    scores = mb.matmul(x=scaled(q, scale), y=k, transpose_y=True)
     if mask is not None:
         scores = mb.add(x=scores, y=mask)
     return mb.matmul(x=mb.softmax(x=scores, axis=-1), y=v)

@@ -50,6 +50,14 @@ def _normalised(low: Lowering, x: Any, axis: int, factor: float, eps: float) -> 
     return y if abs(rest - 1.0) < 1e-6 else mb.mul(x=y, y=np.float16(rest**-0.5))
 
 
+def scaled(x: Any, value: float) -> Any:
+    """A float16 variable times a number, which is exact: two factors where float16 does not hold it."""
+    if float(np.float16(value)) == value:
+        return mb.mul(x=x, y=np.float16(value))
+    first, second = _factors(value)
+    return mb.mul(x=mb.mul(x=x, y=first), y=second)
+
+
 def _factors(value: float) -> tuple[np.float16, np.float16]:
     """Two float16 numbers near each other whose product is the value, to 1e-6: one squared would be off by 1e-3."""
     root = np.float16(value**0.5)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from targets.base import Capabilities, Job, Lowered, OperatorTime, Rows, Session
+from targets.base import Capabilities, Finding, Job, Lowered, OperatorTime, Rows, Session
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,6 +25,7 @@ class OnnxTarget:
         "onnxruntime-genai loads the folder too (`genai_config.json`)."
     )
     packages = ("onnx", "onnxruntime")
+    measured = "host"
     capabilities = Capabilities(
         bits=frozenset({4, 8, 32}),
         group_sizes=frozenset({32, 64, 128}),
@@ -44,6 +45,9 @@ class OnnxTarget:
         from targets.to_onnx.session import OnnxSession
 
         return OnnxSession(folder, manifest, threads)
+
+    def open_exact(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> Session:
+        return self.open(folder, manifest, threads)
 
     def stored_weights(
         self, folder: Path, manifest: Mapping[str, Any], quantizer: Quantizer
@@ -68,6 +72,11 @@ class OnnxTarget:
         from targets.to_onnx.stored import decode_bytes
 
         return decode_bytes(folder, manifest)
+
+    def lint(
+        self, folder: Path, manifest: Mapping[str, Any], *, activations: bool = False
+    ) -> list[Finding] | None:
+        return None
 
 
 TARGET = OnnxTarget()

@@ -34,7 +34,6 @@ class OnnxSession:
         self._states = {state["name"]: np.zeros(state["shape"], state["dtype"]) for state in manifest["states"]}
         self._bindings: dict[str, Any] = {}
         self._inputs: dict[str, dict[str, NDArray[Any]]] = {}
-        self._outputs: dict[str, dict[str, NDArray[Any]]] = {}
         self.load_seconds = 0.0
 
     def _open(self, file: str) -> ort.InferenceSession:
@@ -79,25 +78,24 @@ class OnnxSession:
         binding = self._bind(signature, entry, stage, session)
         for name, array in self._inputs[signature].items():
             array[...] = inputs[name]
+        # New arrays for every call: the runtime writes into them, and the caller may keep them, without a copy.
+        outputs = {t["name"]: np.empty(t["shape"], t["dtype"]) for t in entry["outputs"]}
+        for name, runtime in stage["outputs"].items():
+            binding.bind_ortvalue_output(runtime, ort.OrtValue.ortvalue_from_numpy(outputs[name]))
         session.run_with_iobinding(binding)
-        return {name: array.copy() for name, array in self._outputs[signature].items()}
+        return outputs
 
     def _bind(
         self, signature: str, entry: Mapping[str, Any], stage: Mapping[str, Any], session: ort.InferenceSession
     ) -> Any:
-        """The binding of a signature; made on first use, then reused."""
+        """Inputs and states of a signature; bound on first use, then reused."""
         if signature in self._bindings:
             return self._bindings[signature]
         self._inputs[signature] = {t["name"]: np.zeros(t["shape"], t["dtype"]) for t in entry["inputs"]}
-        self._outputs[signature] = {t["name"]: np.zeros(t["shape"], t["dtype"]) for t in entry["outputs"]}
         binding = session.io_binding()
         for name, runtime in stage["inputs"].items():
             binding.bind_ortvalue_input(
                 runtime, ort.OrtValue.ortvalue_from_numpy(self._inputs[signature][name])
-            )
-        for name, runtime in stage["outputs"].items():
-            binding.bind_ortvalue_output(
-                runtime, ort.OrtValue.ortvalue_from_numpy(self._outputs[signature][name])
             )
         for name, names in stage["states"].items():
             if not names.get("in_place"):
