@@ -20,7 +20,7 @@ demo: $(SETUP)
 	@echo "report:   $(BUNDLE)/report.html"
 
 test: lint
-	$(PYTHON) -m pytest -m "not slow"
+	$(PYTHON) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-full: lint
 	$(PYTHON) -m pytest
@@ -37,7 +37,7 @@ $(SETUP): pyproject.toml
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")' && \
 	$$python -m venv .venv
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[onnx,executorch,optimum,dev]'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[onnx,executorch,coreml,optimum,dev]'
 	@touch $(SETUP)
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from export.validate.ladder import Rung, compare_files, make_plan
 from export.validate.probe import make_probe
 from targets import load_target
 from targets.base import Job, Lowered
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two workers share the processors: threads of torch's own would wait for each other, in child processes too.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BASE: dict[str, Any] = {
     "model_type": "qwen3_5",

@@ -105,8 +105,10 @@ def plots(report: dict[str, Any]) -> list[tuple[str, str]]:
         places = rungs["L3"]["series"]["rows"]
         found.append(("KL over position (nats)", lines({"": (places, rungs["L3"]["series"]["kl"])})))
     if "L3" in rungs and rungs["L3"]["series"].get("drift_kl"):
-        drift = rungs["L3"]["series"]["drift_kl"]
-        found.append(("KL over decode steps: drift (nats)", lines({"": (range(len(drift)), drift)})))
+        layouts = rungs["L3"]["series"].get("drift_kl_by_layout", {})
+        kept = {"bundle": rungs["L3"]["series"]["drift_kl"], **{f"{name} states": kl for name, kl in layouts.items()}}
+        curves = {name: (range(len(kl)), kl) for name, kl in kept.items()}
+        found.append(("KL over decode steps: drift (nats)", lines(curves)))
     return found
 
 

@@ -24,7 +24,8 @@ from targets.base import Target
 
 PROBE_TEXT = {TINY: 160}
 """Tokens of text in the probe, beside its two pictures; 64 for the other sizes, whose reference takes longer."""
-DRIFT_STEPS = 512
+DRIFT_STEPS = {"float32": 512, "float16": 1024}
+"""By what states are kept in."""
 GREEDY_SAMPLES = [(name, number) for name in task.WITHOUT_PICTURE for number in range(4)]
 PASSAGE = """The lighthouse keeper wrote in her log every evening. On the 3rd of March she noted: wind from \
 the north-west at 40 km/h, two ships passed, one light was replaced. "If the lamp fails," she once told a \
@@ -65,7 +66,7 @@ def judge(
         manifest,
         threads,
         tokens=text + sum(pictures),
-        drift_steps=0 if random else DRIFT_STEPS,
+        drift_steps=0 if random else DRIFT_STEPS[target.capabilities.floats],
         gate_quality=not random,
     )
     if not random and "tokenizer.json" in manifest["tokenizer"]["files"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -521,15 +521,48 @@ def _drift(
     rows = reference.embed(case.checkpoint, probe.ids)
     truth, _ = reference.hf_sequence(case.checkpoint, case.config, rows, probe.positions, tokens - steps)
     plan = [*chunks(tokens - steps, case.prefill_lengths), *[(None, 1)] * steps]
-    logits = np.stack(replay(session, rows.astype(case.floats), probe.positions, plan, junk=0.0))[-steps:]
-    kl = metrics.kl(truth[-steps:], logits)
+
+    def divergence(opened: Session) -> NDArray[np.float64]:
+        logits = np.stack(replay(opened, rows.astype(case.floats), probe.positions, plan, junk=0.0))[-steps:]
+        return metrics.kl(truth[-steps:], logits)
+
+    kl = divergence(session)
     quarter = max(1, steps // 4)
     series["drift_kl"] = [float(x) for x in kl]
-    return [
+    series["drift_kl_by_layout"] = {}
+    checks = [
         quality_check("drift", float(kl[-quarter:].mean())),
         check("L3.drift_first", float(kl[:quarter].mean())),
         check("L3.drift_context", tokens),
     ]
+    if shallow(case.config) is case.config:  # else another lowering would take too long
+        for layout in case.target.capabilities.state_layouts:
+            with _in_layout(case, layout) as other:
+                found = divergence(other)
+            series["drift_kl_by_layout"][layout] = [float(x) for x in found]
+            checks.append(check(f"L3.drift_{layout}", float(found[-quarter:].mean())))
+    return checks
+
+
+@contextmanager
+def _in_layout(case: Case, layout: str) -> Iterator[Session]:
+    """The bundle's decoder with its states kept in another way."""
+    place = case.folder if case.folder.suffix == ".partial" else case.folder.parent
+    with tempfile.TemporaryDirectory(prefix="drift-", dir=place) as scratch:
+        job = Job(
+            case.config,
+            Quantizer(case.weights, case.recipe),
+            int(case.manifest["context_length"]),
+            case.prefill_lengths,
+            (),
+            Path(scratch),
+            profile=case.manifest["target"]["profile"],
+            state_layout=layout,
+        )
+        lowered = case.target.lower(job)
+        manifest = {**case.manifest, "signatures": lowered.signatures, "states": lowered.states}
+        with closing(case.target.open(Path(scratch), manifest, case.threads)) as session:
+            yield session
 
 
 def _greedy(
