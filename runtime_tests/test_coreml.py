@@ -92,11 +92,12 @@ SYMMETRIC_HEAD = replace(ASYMMETRIC, roles={**ASYMMETRIC.roles, "lm_head": Setti
         (load_recipe("int4", 32), True, {}),
         (load_recipe("int4", 32), True, {"palettes": True}),
         (load_recipe("int4", 32), False, {"palettes": True, "profile": "ane"}),
+        (ASYMMETRIC, True, {}),
         (load_recipe("int8"), True, {"profile": "ane"}),
         (load_recipe("fp32"), False, {}),
         (SYMMETRIC_HEAD, False, {"max_head_columns": 128, "max_file_bytes": 400_000}),
     ],
-    ids=["int4", "palettes", "palettes-untied-ane", "int8-ane", "fp32-untied", "asymmetric-cut"],
+    ids=["int4", "palettes", "palettes-untied-ane", "asymmetric-tied", "int8-ane", "fp32-untied", "asymmetric-cut"],
 )
 def test_l2_every_stored_weight_equals_the_quantiser(
     recipe: Recipe, tied: bool, limits: dict[str, Any], tmp_path: Path

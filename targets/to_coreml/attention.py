@@ -67,9 +67,13 @@ def grid_rotary(low: Lowering, node: Node) -> None:
     source, rows, columns, merge, theta = operands(node)
     x = low.heads(source, shape_of(source)[1])
     cos, sin = grid_rotary_table(rows, columns, merge, x.shape[3], theta, torch.device("cpu"))
-    keep = torch.cat([cos, cos], dim=-1).numpy().astype(np.float16)[None, None]
-    swap = torch.cat([-sin, sin], dim=-1).numpy().astype(np.float16)[None, None]
-    kept, swapped = low.constant("grid_cosines", keep), low.constant("grid_sines", swap)
+
+    def tables() -> tuple[Any, Any]:
+        keep = torch.cat([cos, cos], dim=-1).numpy()[None, None]
+        swap = torch.cat([-sin, sin], dim=-1).numpy()[None, None]
+        return half(low.constant("grid_cosines", keep)), half(low.constant("grid_sines", swap))
+
+    kept, swapped = low.once("grid", tables)
     low.define(node, _rotate(x, kept, swapped, cos.shape[-1]), x.shape[1])
 
 

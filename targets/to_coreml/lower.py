@@ -52,12 +52,15 @@ def lower(job: Job) -> Lowered:
     kind = profile(job.profile)
     parts = cut(job)
     head = [piece for part in parts for piece in part.head]
+    setting = job.quantizer.setting("embedding.weight")
+    # A table has no zero points: that of an asymmetric head is a file of its own.
+    shared = job.config.text.tie_word_embeddings and (setting is None or setting.symmetric)
     stages: dict[str, list[Stage]] = {}
     described: list[dict[str, Any]] = []
     written: dict[str, str] = {}
     table: Stage | None = None
     for part in parts:
-        tied = job.config.text.tie_word_embeddings and len(part.head) == len(head)
+        tied = shared and len(part.head) == len(head)
         weights = WeightFile(job.quantizer, job.advance)
         builder = _Decoder(job, part, Storage(part.head, tied, job.palettes), weights)
         functions = {}
@@ -239,7 +242,7 @@ def _table(job: Job, file: str, weights: WeightFile) -> Stage:
         "table": {
             "rows": job.config.text.vocab_size,
             "columns": job.config.text.hidden_size,
-            "bits": 16 if setting is None else setting.bits,
+            "bits": 16 if setting is None else setting.bits if setting.symmetric else 8,
             "group_size": None if setting is None else setting.group_size,
             "scale_dtype": "float16",
             "data_offset": matrix.values.offset,

@@ -148,10 +148,11 @@ def _resample_positions(low: Lowering, node: Node) -> None:
     quantizer = low.weights.quantizer
     vision = quantizer.weights.config.vision
     side = vision.patch_size if vision is not None else 1
-    positions = resample_positions(quantizer.weights.tensor(name), rows, columns, merge).numpy().astype(np.float16)
+    positions = resample_positions(quantizer.weights.tensor(name), rows, columns, merge).numpy()
     title = identifier(f"{name}@{rows * side}x{columns * side}")
     array = positions.T[None, :, None] if low.profile.convolutions else positions[None]
-    low.define(node, low.constant(title, np.ascontiguousarray(array)))
+    # In float32, as rotary tables are: then nothing but storage in float16 tells a run from PyTorch.
+    low.define(node, half(low.constant(title, np.ascontiguousarray(array))))
 
 
 EMITTERS: dict[str, Emitter] = {

@@ -106,7 +106,9 @@ class WeightFile:
                 "values": ("int8" if setting.bits == 8 else SIGNED if signed else UNSIGNED, columns),
                 "scales": ("float16", groups),
             }
-            if setting.bits == 4 and (not setting.symmetric or form == "offset"):
+            if form == "table" and not setting.symmetric:
+                parts["values"] = ("int8", columns)  # code - zero point: a table has no offsets
+            elif setting.bits == 4 and (not setting.symmetric or form == "offset"):
                 parts["offsets"] = (UNSIGNED, groups)
             if form == "palette":
                 del parts["scales"]
@@ -202,7 +204,10 @@ def _record(dtype: str, size: int, offset: int, padding_bits: int) -> bytes:
 def pack_codes(block: QuantizedBlock, setting: Setting, dtype: str) -> bytes:
     """Codes of some rows: int8 as they are, two nibbles a byte with the first one low, signed or code + 8."""
     codes = block.codes.numpy()
-    if setting.bits == 8:
+    if dtype == "int8":
+        if block.zero_points is not None:
+            wide = codes.reshape(*block.scales.shape, -1) - block.zero_points.numpy().astype(np.int8)[..., None]
+            codes = wide.astype(np.int8)
         return codes.tobytes()
     if dtype == UNSIGNED and setting.symmetric:
         codes = codes + 8
