@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from export.quantize.recipe import Recipe, Setting, load_recipe
 from export.sizes import SIZES, TINY, check_size, hub_id, shipped_tiny
 from export.spec import ExportSpec, UsageError
 from targets import describe_target
+from targets.base import Capabilities
 
 # Host memory of an export on x86-64 without validation: 0.35 GiB for tiny, 0.53 for 0.8B, 0.55 for four layers
 # of 9B (docs/LOG.md); tiny with validation 1.49.
@@ -27,6 +28,7 @@ RUNTIME_BYTES = 512 * 2**20
 """Python, torch and onnx loaded, traced programs, row blocks in flight."""
 VALIDATION_BYTES = 2**30
 """transformers, plots, and the buffer that measures bandwidth."""
+FLOAT_BYTES = {"float32": 4, "float16": 2}
 SCALE_COPIES = 3
 """The scales of one tensor are collected, joined and written: that is what grows with the model."""
 
@@ -99,10 +101,11 @@ def make(spec: ExportSpec) -> Plan:
     recipe.check(
         (name, role_of(name, tied), shape[1]) for name, shape in shapes.items() if role_of(name, tied) != "kept"
     )
-    roles = role_sizes(shapes, recipe, tied, able.scale_bytes)
+    roles = role_sizes(shapes, recipe, tied, able, spec.palettes)
     weights = sum(role.size_bytes for role in roles)
     if spec.text_runner:  # whose kernel wants an embedding of its own, with float32 scales
-        weights += stored_bytes(config.text.vocab_size * config.text.hidden_size, recipe.roles["embedding"], 4)
+        count = config.text.vocab_size * config.text.hidden_size
+        weights += stored_bytes(count, recipe.roles["embedding"], replace(able, scale_bytes=4))
     images = spec.image_sizes if config.vision is not None else ()
     if spec.output.exists() and not spec.overwrite:
         notes += (f"{spec.output} exists: the export will need --overwrite or another -o",)
@@ -131,7 +134,7 @@ def make(spec: ExportSpec) -> Plan:
 
 
 def role_sizes(
-    shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, tied: bool, scale_bytes: int
+    shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, tied: bool, able: Capabilities, palettes: bool = False
 ) -> tuple[RoleSize, ...]:
     """Parameters and stored bytes per role."""
     counts: dict[str, int] = {}
@@ -141,29 +144,35 @@ def role_sizes(
     sizes = []
     for role, count in sorted(counts.items()):
         setting = recipe.roles.get(role, Setting(32))
-        sizes.append(RoleSize(role, count, setting.bits, setting.group_size, stored_bytes(count, setting, scale_bytes)))
+        table = role == "embedding" or (role == "lm_head" and tied)
+        size = stored_bytes(count, setting, able, palettes and not table)
+        sizes.append(RoleSize(role, count, setting.bits, setting.group_size, size))
     return tuple(sizes)
 
 
-def stored_bytes(count: int, setting: Setting, scale_bytes: int) -> int:
-    """Bytes of codes, scales and zero points; 8 bits repeat their channel's scale every 128 weights at most."""
-    codes = count * setting.bits // 8
+def stored_bytes(count: int, setting: Setting, able: Capabilities, palettes: bool = False) -> int:
+    """Bytes of codes, scales and zero points; 8 bits repeat their channel's scale every 128 weights at most. A palette
+    is 16 float16 numbers in place of a group's scale.
+    """
     if not setting.quantised:
-        return codes
-    groups = count // (setting.group_size or 128)
+        return count * FLOAT_BYTES[able.floats]
+    codes, groups = count * setting.bits // 8, count // (setting.group_size or 128)
     zeros = 0 if setting.symmetric else groups * setting.bits // 8
-    return codes + (scale_bytes if setting.bits == 4 else 4) * groups + zeros
+    scale = 4 if setting.bits == 8 else 32 if palettes and setting.symmetric else able.scale_bytes
+    return codes + scale * groups + zeros
 
 
 def state_bytes(config: ModelConfig, spec: ExportSpec) -> int:
-    """float32 states of one conversation."""
+    """States of one conversation, in the target's floats; explicit recurrent states are float32 everywhere."""
     text = config.text
     rows = spec.context_length + max(spec.prefill_lengths) - 1
     full = sum(kind == FULL for kind in text.layer_types)
     attention = 2 * text.num_key_value_heads * rows * text.head_dim
     recurrent = text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
     conv = text.conv_dim * (text.linear_conv_kernel_dim - 1)
-    return 4 * (full * attention + (len(text.layer_types) - full) * (recurrent + conv))
+    linear, size = len(text.layer_types) - full, FLOAT_BYTES[describe_target(spec.target).capabilities.floats]
+    wide = 4 if spec.state_layout == "explicit" else size
+    return full * attention * size + linear * (recurrent * wide + conv * size)
 
 
 def peak_bytes(
@@ -174,7 +183,7 @@ def peak_bytes(
     spec: ExportSpec,
 ) -> int:
     """Estimated peak resident memory of the export, validation included unless it is skipped."""
-    tied = config.text.tie_word_embeddings
+    tied, able = config.text.tie_word_embeddings, describe_target(spec.target).capabilities
     scales = 0
     for name, shape in shapes.items():
         setting = recipe.roles.get(role_of(name, tied), Setting(32))
@@ -184,14 +193,18 @@ def peak_bytes(
     if spec.target == "executorch" and spec.skip_validation:
         peak += RUNTIME_BYTES + weight_bytes  # of the process that tries every method out
     if not spec.skip_validation:
-        # The bundle's runtime holds all weights, next to one fp32 layer of the reference and both states.
+        # The bundle's runtime holds all weights (an emulator as float32, up to a limit), next to one fp32 layer of the
+        # reference and both states.
         layers: dict[str, int] = {}
         for name, shape in shapes.items():
             layer = ".".join(name.split(".")[:4])
             layers[layer] = layers.get(layer, 0) + 4 * math.prod(shape)
         layers.pop("model.language_model.embed_tokens.weight", None)  # only its used rows are read
         largest = max(size for layer, size in layers.items() if ".layers." in layer)
-        peak += VALIDATION_BYTES + weight_bytes + 2 * largest + 2 * state_bytes(config, spec)
+        held = weight_bytes
+        if able.emulated_bytes:
+            held = min(4 * sum(map(math.prod, shapes.values())), able.emulated_bytes)
+        peak += VALIDATION_BYTES + held + 2 * largest + 2 * state_bytes(config, spec)
     return peak
 
 

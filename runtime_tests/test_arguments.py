@@ -290,6 +290,27 @@ def test_the_plan_follows_the_options() -> None:
     assert json.loads(plan.render(full, as_json=True))["dry_run"] is True
 
 
+def test_the_plan_knows_how_a_target_stores() -> None:
+    """Core ML: floats and states in two bytes, palettes of 16 numbers a group; its emulator holds weights as float32."""
+    line = "--target {} --size 0.8b --checkpoint random --recipe {} --no-vision {}"
+
+    def made(target: str, recipe: str, more: str = "") -> plan.Plan:
+        return plan.make(spec_of(line.format(target, recipe, more)))
+
+    onnx, coreml = made("onnx", "fp32"), made("coreml", "fp32")
+    assert onnx.bundle_bytes == 2 * coreml.bundle_bytes and onnx.state_bytes == 2 * coreml.state_bytes
+    recurrent = 18 * 16 * 128 * 128
+    assert made("coreml", "fp32", "--state-layout explicit").state_bytes == coreml.state_bytes + 2 * recurrent
+    four, palettes = made("coreml", "int4"), made("coreml", "int4", "--palettes")
+    counts = {role.role: role.parameters for role in four.roles}
+    assert palettes.bundle_bytes - four.bundle_bytes == (
+        30 * (counts["decoder"] // 128) + 30 * (counts["linear_attention"] // 128)
+    )
+    assert four.peak_memory_bytes - made("onnx", "int4").peak_memory_bytes > 2 * sum(counts.values())
+    nine = plan.make(spec_of("--target coreml --size 9b --checkpoint random"))
+    assert nine.peak_memory_bytes < 16 * 2**30
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -27,7 +27,7 @@ from targets import load_target
 from targets.base import Job
 from targets.table import Table
 from targets.to_coreml import delta_rule
-from targets.to_coreml.cut import MAX_BYTES, cut, head_pieces
+from targets.to_coreml.cut import MAX_BYTES, cut, head_pieces, stored_bytes
 from targets.to_coreml.interpreter import Interpreter
 from targets.to_coreml.program import Package
 from targets.to_coreml.session import CoreMLSession
@@ -107,6 +107,25 @@ def test_l2_every_stored_weight_equals_the_quantiser(
     assert rung.status == "PASS", rung.series
 
 
+def test_files_have_the_size_that_they_are_cut_by(tmp_path: Path) -> None:
+    """But for names and alignment; palettes take 16 numbers a group where scales take one."""
+    checkpoint = MemoryCheckpoint(variant(num_hidden_layers=4, vocab_size=400))
+    sizes = []
+    for palettes in (False, True):
+        folder = tmp_path / str(palettes)
+        folder.mkdir()
+        _, _, quantizer = build(checkpoint, folder, load_recipe("int4", 32), NAME, lengths=(16,), palettes=palettes)
+        planned = stored_bytes(
+            Job(checkpoint.model_config, quantizer, 64, (16,), (), folder, palettes=palettes), "decoder."
+        )
+        written = (folder / "decoder.mlpackage/Data/com.apple.CoreML/weights/weight.bin").stat().st_size
+        assert planned <= written <= 1.2 * planned
+        sizes.append((planned, written))
+    more = sizes[1][0] - sizes[0][0]
+    assert more > 0.3 * sizes[0][0]
+    assert sizes[1][1] - sizes[0][1] == pytest.approx(more, rel=0.01)
+
+
 def test_l2_notices_one_changed_byte(small: Any, tmp_path: Path) -> None:
     whole = case(small, tmp_path, load_recipe("int4", 32))
     file = tmp_path / "decoder.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
@@ -147,8 +166,6 @@ def job(size: str, folder: Path, recipe: str = "int4", **limits: Any) -> Job:
 
 @pytest.mark.parametrize(("size", "recipe", "packages"), [("2b", "int4", 2), ("4b", "int8", 5), ("9b", "int4", 5)])
 def test_real_sizes_are_cut_within_the_limits(size: str, recipe: str, packages: int, tmp_path: Path) -> None:
-    from targets.to_coreml.cut import stored_bytes
-
     plan = job(size, tmp_path, recipe)
     parts = cut(plan)
     assert len(parts) == packages

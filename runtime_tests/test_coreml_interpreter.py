@@ -17,7 +17,7 @@ from export.bundle.manifest import BundleError
 from export.spec import ExportError
 from runtime_tests.mil import ct, function, mb, narrow, save
 from targets.contract import CallError
-from targets.to_coreml.constants import UnsupportedOperation, weights
+from targets.to_coreml.constants import Budget, UnsupportedOperation, weights
 from targets.to_coreml.interpreter import Interpreter
 from targets.to_coreml.program import Package
 
@@ -262,7 +262,7 @@ def test_compressed_weights_are_what_coremltools_makes_of_them(tmp_path: Path) -
 def test_functions_share_weights_and_the_budget_changes_no_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights that do not fit in as float32 stay float16; expanding in small blocks gives the same."""
+    """Weights beyond the budget are expanded at every use, in small blocks, with the same result and nothing kept."""
     codes, scale, plain, bias = narrow(RNG.integers(-8, 8, (48, 64)), "int4"), half(48, 2), half(64, 48), half(48)
 
     def body(x: Any) -> list[Any]:
@@ -282,13 +282,15 @@ def test_functions_share_weights_and_the_budget_changes_no_result(
     wide = Interpreter(package)
     wide.load()
     linear = [step for step in wide._compiled["one"].steps if step.operation.type == "linear"]
-    assert len(linear) == 2 and len(wide._constants._wide) == 2
+    assert len(linear) == 2 and len(wide._constants._factors) == 2
     want = wide.run("four", {"x": x}, {})
     np.testing.assert_array_equal(wide.run("one", {"x": x[:1]}, {})["rows"], want["rows"])
     monkeypatch.setattr("targets.to_coreml.constants.BLOCK", 100)
-    monkeypatch.setattr("targets.to_coreml.kernels_sums.WIDEN", 1000)
-    for budget in (0, 4 * 48 * 64):
-        found = Interpreter(package, float32_bytes=budget).run("four", {"x": x}, {})
+    monkeypatch.setattr("targets.to_coreml.constants.PART", 1000)
+    for room, kept in ((0, 0), (4 * 48 * 64, 1)):
+        tight = Interpreter(package, budget=Budget(room))
+        found = tight.run("four", {"x": x}, {})
+        assert sum(factor._kept is not None for factor in tight._constants._factors.values()) == kept
         np.testing.assert_array_equal(found["rows"], want["rows"])
         np.testing.assert_allclose(found["out"].astype(float), want["out"].astype(float), rtol=1e-3, atol=1e-2)
 

@@ -76,9 +76,8 @@ def test_an_int4_export_stays_small(
     if (target, size) == ("executorch", "0.8b"):
         assert sizes["decoder.pte"] <= 430
         assert sizes["vision.pte"] <= 110
-    if (target, size) != ("coreml", "9b"):  # the emulation holds every weight in float16: 18 GB
-        _, gib = watched([sys.executable, "-c", ANSWER, str(tmp_path / "bundle")])
-        assert gib <= 20
+    _, gib = watched([sys.executable, "-c", ANSWER, str(tmp_path / "bundle")])
+    assert gib <= 20
 
 
 REFERENCE = """

@@ -23,12 +23,13 @@ from export.bundle.reader import Bundle
 from export.checkpoint.random import RandomCheckpoint
 from export.sizes import SIZES
 from export.validate import judge
-from targets import TARGETS, load_target
+from targets import load_target
 
 pytestmark = pytest.mark.slow
 
 TINY = Path(__file__).parents[1] / "checkpoints" / "tiny"
-CONTEXT, PROMPT, STEPS, THREADS, ROUNDS = 1024, 512, 96, 2, 3
+CONTEXT, PROMPT, STEPS, THREADS, ROUNDS = 1024, 512, 96, 2, 5
+COMPARED = ("onnx", "executorch")  # Core ML is interpreted here: its speed says nothing
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +39,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundles(folder: Path) -> dict[str, Path]:
-    for target in TARGETS:
+    for target in COMPARED:
         words = ["--target", target, "--size", "0.8b", "--checkpoint", "random", "--context-length", str(CONTEXT)]
         assert main([*words, "--no-vision", "--skip-validation", "--quiet", "-o", str(folder / target)]) == 0
-    return {target: folder / target for target in TARGETS}
+    return {target: folder / target for target in COMPARED}
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +139,11 @@ def test_faster_than_the_other_builder_and_near_the_bandwidth_bound(bundles: dic
             }
         )
     sys.stdout.write(json.dumps([{k: round(v, 2) for k, v in row.items()} for row in rows], indent=1))
-    middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-    assert middle["decode"] >= 1.25 * middle["their decode"], rows
-    assert middle["prefill"] >= 1.8 * middle["their prefill"], rows
+    # Of each round's pair, not of the columns: the machine changes between rounds by more than the margins.
+    ratio = {key: statistics.median(row[key] / row[f"their {key}"] for row in rows) for key in ("prefill", "decode")}
+    ratio["share"] = statistics.median(row["share"] for row in rows)
+    sys.stdout.write(json.dumps(ratio))
+    assert ratio["decode"] >= 1.25, rows
+    assert ratio["prefill"] >= 1.8, rows
     # Fails where the host gives the two cores a memory link each (51 GB/s): see docs/LOG.md, "Where we stand".
-    assert middle["share"] >= 0.6, rows
+    assert ratio["share"] >= 0.6, rows

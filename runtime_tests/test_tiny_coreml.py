@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from export import arguments, plan
 from export.__main__ import main
 from export.bundle.reader import Bundle
 from export.chat.chat import Chat
@@ -52,6 +53,13 @@ def test_a_bundle_lists_every_file_and_answers(unchecked: Bundle) -> None:
     content: Any = [{"type": "image"}, {"type": "text", "text": "Read."}]
     answer = chat.answer([{"role": "user", "content": content}], list(sample.images), max_new_tokens=16)[1]
     assert load_tokenizer(unchecked.path).decode(answer, skip_special_tokens=True) == sample.answer
+
+
+def test_the_plan_is_close_to_what_is_written(unchecked: Bundle) -> None:
+    words = [*WORDS[:4], "--recipe", "int8", "--profile", "ane", "--dry-run"]
+    planned = plan.make(arguments.spec_from(arguments.build_parser().parse_args(words)))
+    written = sum(entry["bytes"] for entry in unchecked.manifest["files"] if entry["path"].endswith("weight.bin"))
+    assert planned.bundle_bytes == pytest.approx(written, rel=0.05)
 
 
 def test_an_emulation_is_never_called_a_host(unchecked: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

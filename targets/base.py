@@ -52,6 +52,9 @@ class Capabilities:
     """The head can be cut into pieces of some columns."""
     palettes: bool = False
     """Symmetric 4-bit codes can be stored as indices into a palette."""
+    emulated_bytes: int | None = None
+    """Most memory that an emulator of the runtime keeps weights in, as float32; None: the runtime itself runs here, and
+    keeps them as they are stored."""
 
     def check(self, target: str, spec: ExportSpec, recipe: Recipe) -> None:
         """Refuse what the target cannot honour exactly.

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from export.quantize.quantizer import Quantizer
 
 
+WEIGHT_BYTES = 8 << 30
+"""How much memory the emulator keeps the weights of a bundle in, as float32; those beyond are expanded again at every
+use, which is slower by the time it takes."""
+
+
 class CoreMLTarget:
     """See `targets.base.Target`."""
 
@@ -43,6 +48,7 @@ class CoreMLTarget:
         state_layouts=tuple(STATE_LAYOUTS),
         head_pieces=True,
         palettes=True,
+        emulated_bytes=WEIGHT_BYTES,
     )
 
     def lower(self, job: Job) -> Lowered:

@@ -16,12 +16,19 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from export.spec import ExportError
 from targets.to_coreml.blob import BlobTensor
-from targets.to_coreml.constants import TORCH, Constants, UnsupportedOperation, Weight, stored, weights
+from targets.to_coreml.constants import (
+    TORCH,
+    Constants,
+    Factor,
+    UnsupportedOperation,
+    Weight,
+    stored,
+    weights,
+)
 from targets.to_coreml.kernel_call import Bound, Call
 from targets.to_coreml.kernels import KERNELS
 from targets.to_coreml.program import DYNAMIC, Constant, Function, Operation, Reference, TensorType
@@ -207,7 +214,7 @@ class _Compiler:
         call = Call(
             operation, self.function.name, self.half_sums and operation.outputs[0][1].dtype == "float16",
             {name: partial(self._values, inputs[name]) for name in constant},
-            lambda name: self._multiplier(inputs[name][0]),
+            lambda name: self._factor(inputs[name][0]),
             {name: tuple(self._type(one) for one in given) for name, given in inputs.items()},
         )  # fmt: skip
         bound = KERNELS[operation.type](call)
@@ -227,11 +234,11 @@ class _Compiler:
             return TensorType(argument.shape, str(argument.dtype))
         return TensorType((), "string")
 
-    def _multiplier(self, argument: Reference | Constant) -> Tensor:
+    def _factor(self, argument: Reference | Constant) -> Factor:
         if isinstance(argument, Reference) and argument.name in self.weights:
-            return self.constants.multiplier(self.weights[argument.name])
-        found: Tensor = self._constant(argument)
-        return found.float() if found.dtype == torch.float16 else found
+            return self.constants.factor(self.weights[argument.name])
+        found: Tensor = self._constant(argument).float()
+        return Factor(tuple(found.shape), found, lambda start, stop: found[start:stop])
 
     # Life times and shared memory
 

@@ -1,5 +1,5 @@
 """Constants of a program as tensors: compressed weights are expanded in blocks of rows, and each is kept once, however
-many functions of the package use it.
+many functions of the package use it. Factors of products beyond a budget are not kept but expanded at every use.
 
 What a weight is worth is computed in float32 and rounded once to the type that the program declares, as the
 definitions of the `constexpr_*` operations in coremltools do.
@@ -8,8 +8,9 @@ definitions of the `constexpr_*` operations in coremltools do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,6 +25,8 @@ from targets.to_coreml.program import Function, Operation, Reference
 
 BLOCK = 1 << 18
 """Elements that are expanded at a time: as many as a processor's cache holds."""
+PART = 1 << 24
+"""Elements of a factor that is not kept which are in memory at a time."""
 
 TORCH: dict[str, torch.dtype] = {
     "float16": torch.float16, "float32": torch.float32, "bool": torch.bool, "int32": torch.int32,
@@ -185,48 +188,82 @@ EXPAND: dict[str, tuple[Callable[..., Expanded], tuple[str, ...]]] = {
 """What expands a compressed weight, and its parameters."""
 
 
+class Budget:
+    """How many bytes factors may take together; one may serve several packages."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self._left = size_bytes
+
+    def take(self, size_bytes: int) -> bool:
+        """Whether there is room, which is gone then."""
+        if size_bytes > self._left:
+            return False
+        self._left -= size_bytes
+        return True
+
+
+class Factor:
+    """A constant factor of products, float32: kept whole, or expanded from the weight file at every use."""
+
+    def __init__(self, shape: tuple[int, ...], kept: Tensor | None, rows: Rows) -> None:
+        self.shape = shape
+        self._kept = kept
+        self._rows = rows
+
+    def whole(self) -> Tensor:
+        """All of it."""
+        return self._kept if self._kept is not None else _expand(self.shape, self._rows, torch.float32)
+
+    def parts(self) -> Iterator[Tensor]:
+        """Blocks of its rows, in order; only one of them is in memory if it is not kept."""
+        if self._kept is not None:
+            yield self._kept
+            return
+        step = max(1, PART // math.prod(self.shape[1:]))
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            shape = (stop - start, *self.shape[1:])
+            yield _expand(shape, partial(self._block, start), torch.float32)
+
+    def _block(self, origin: int, start: int, stop: int) -> Tensor:
+        return self._rows(origin + start, origin + stop)
+
+
 class Constants:
     """The constants of a package, shared by its functions."""
 
-    def __init__(self, budget_bytes: int) -> None:
-        """`budget_bytes`: how much weights may take as float32; those beyond stay float16 and are widened per use."""
-        self._budget = budget_bytes
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
         self._kept: dict[Hashable, Tensor] = {}
-        self._wide: dict[Hashable, Tensor] = {}
+        self._factors: dict[Hashable, Factor] = {}
 
     def tensor(self, weight: Weight) -> Tensor:
         """In the dtype that the program declares."""
         if weight.key in self._kept:
             return self._kept[weight.key]
-        if weight.key in self._wide:
-            found = self._wide[weight.key].half()
-        else:
-            found = weight.whole() if weight.whole is not None else _expand(weight, TORCH[weight.dtype])
+        found = weight.whole() if weight.whole is not None else _expand(weight.shape, weight.rows, TORCH[weight.dtype])
         if weight.key is not None:
             self._kept[weight.key] = found
         return found
 
-    def multiplier(self, weight: Weight) -> Tensor:
-        """As a factor of a product: float32 while the budget lasts, else as `tensor` gives it."""
-        if weight.key in self._wide:
-            return self._wide[weight.key]
-        size = 4 * math.prod(weight.shape)
-        if size > self._budget or weight.dtype != "float16":
-            return self.tensor(weight)
-        self._budget -= size
-        found = _expand(weight, torch.float32)
+    def factor(self, weight: Weight) -> Factor:
+        """As a factor of products, of a weight that is no scalar: kept while the budget lasts."""
+        if weight.key in self._factors:
+            return self._factors[weight.key]
+        kept = None
+        if self._budget.take(4 * math.prod(weight.shape)):
+            kept = _expand(weight.shape, weight.rows, torch.float32)
+        found = Factor(weight.shape, kept, weight.rows)
         if weight.key is not None:
-            self._wide[weight.key] = found
+            self._factors[weight.key] = found
         return found
 
 
-def _expand(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """A weight [d0, …] as `dtype`, a block of rows at a time."""
-    if not weight.shape and weight.whole is not None:
-        return weight.whole().to(dtype)
-    result = torch.empty(weight.shape, dtype=dtype)
-    step = max(1, BLOCK // max(1, math.prod(weight.shape[1:])))
-    for start in range(0, weight.shape[0], step):
-        stop = min(start + step, weight.shape[0])
-        result[start:stop] = weight.rows(start, stop)
+def _expand(shape: tuple[int, ...], rows: Rows, dtype: torch.dtype) -> Tensor:
+    """Rows of a weight [d0, …] as `dtype`, a block at a time."""
+    result = torch.empty(shape, dtype=dtype)
+    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        result[start:stop] = rows(start, stop)
     return result

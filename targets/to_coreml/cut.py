@@ -18,6 +18,8 @@ MAX_COLUMNS = 65_535
 """Of a piece of the head: no dimension of the Neural Engine exceeds 65,536."""
 PIECE = 128
 """A piece of the head has a multiple of so many rows: then its parts begin at aligned places of the file."""
+PALETTE = 16
+"""Numbers in the palette of a group."""
 
 
 @dataclass(frozen=True)
@@ -109,5 +111,7 @@ def stored_bytes(job: Job, prefix: str) -> int:
                 continue
             scales = count // setting.group_size if setting.group_size else parameter.shape[0]
             offsets = 0.5 * scales if not setting.symmetric or name == HEAD else 0.0
-            total += count * setting.bits / 8 + 2 * scales + offsets
+            table = name == HEAD and job.config.text.tie_word_embeddings
+            palette = job.palettes and setting.bits == 4 and setting.symmetric and not table
+            total += count * setting.bits / 8 + 2 * scales * (PALETTE if palette else 1) + offsets
     return math.ceil(total)

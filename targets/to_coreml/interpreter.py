@@ -17,12 +17,10 @@ from torch import Tensor
 
 from export.bundle.manifest import BundleError
 from targets.contract import CallError
+from targets.to_coreml import WEIGHT_BYTES
 from targets.to_coreml.compile import FAILURES, Compiled, Slots, check_results, compile_function, failed
-from targets.to_coreml.constants import TORCH, Constants, as_tensor
+from targets.to_coreml.constants import TORCH, Budget, Constants, as_tensor
 from targets.to_coreml.program import Package, TensorType
-
-FLOAT32_BYTES = 6 << 30
-"""How much the weights of a package may take as float32, which is what multiplies fastest."""
 
 Observer = Callable[[str, str, Tensor], None]
 """Is given the name and type of an operation and its result; for each result if there are several."""
@@ -40,19 +38,19 @@ class Interpreter:
         package: Package,
         accumulate: Literal["float32", "float16"] = "float32",
         observe: Observer | None = None,
-        float32_bytes: int = FLOAT32_BYTES,
+        budget: Budget | None = None,
     ) -> None:
         """Nothing is compiled or read before the first run.
 
         Args:
             accumulate: "float16" is the stress mode: sums are rounded to float16 as they grow (see `kernels_sums`).
             observe: sees the result of every operation that runs: not of constants, and not of states that are read.
-            float32_bytes: the most that weights may take as float32; more of them stay float16, and slower.
+            budget: of the memory for weights, shared with other packages; `WEIGHT_BYTES` for this one by default.
         """
         self._package = package
         self._half_sums = accumulate == "float16"
         self._observe = observe
-        self._constants = Constants(float32_bytes)
+        self._constants = Constants(budget or Budget(WEIGHT_BYTES))
         self._compiled: dict[str, Compiled] = {}
         self._checked: set[str] = set()
 

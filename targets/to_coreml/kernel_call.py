@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from targets.to_coreml.constants import TORCH, UnsupportedOperation
+from targets.to_coreml.constants import TORCH, Factor, UnsupportedOperation
 from targets.to_coreml.program import DYNAMIC, Operation, TensorType
 
 Result: TypeAlias = "Tensor | Sequence[Tensor]"
@@ -38,8 +38,8 @@ class Bound:
 class Call:
     """One operation of a function, as its builder sees it.
 
-    `constants` gives the constant inputs: a tensor, a text, or several of them. `multiplier` gives one constant tensor
-    as a factor of a product, in float32 where memory allows. `types` has every tensor input.
+    `constants` gives the constant inputs: a tensor, a text, or several of them. `factor` gives one constant tensor
+    as a factor of products. `types` has every tensor input.
     """
 
     operation: Operation
@@ -47,7 +47,7 @@ class Call:
     half_sums: bool
     """Stress mode: sums are rounded to float16 as they grow."""
     constants: Mapping[str, Callable[[], tuple[Any, ...]]]
-    multiplier: Callable[[str], Tensor]
+    factor: Callable[[str], Factor]
     types: Mapping[str, tuple[TensorType, ...]]
     taken: set[str] = field(default_factory=set)
     """Inputs that the builder has looked at; any other is refused."""

@@ -14,13 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from targets.to_coreml.constants import TORCH
+from targets.to_coreml.constants import TORCH, Factor
 from targets.to_coreml.kernel_call import Bound, Builder, Call
 
 BLOCK = 8
 """Terms that stress mode sums exactly before it rounds."""
-WIDEN = 1 << 24
-"""Elements of a float16 weight that are widened at a time."""
 
 
 def _half(x: Tensor) -> Tensor:
@@ -36,6 +34,10 @@ def _product(x: Tensor, y: Tensor, half_sums: bool) -> Tensor:
     for first in range(0, y.shape[-2], BLOCK):
         total = _half(total + torch.matmul(x[..., first : first + BLOCK], y[..., first : first + BLOCK, :]))
     return total
+
+
+def _joined(parts: list[Tensor], axis: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
 def _sum(x: Tensor, axes: list[int], keep: bool, half_sums: bool) -> Tensor:
@@ -61,20 +63,14 @@ def _linear(call: Call) -> Bound:
         raise call.refuse("weight must be a constant; use matmul")
     if kind == torch.int32:
         raise call.refuse("x is int32; supported: float16, float32")
-    weight = call.multiplier("weight")
+    weight = call.factor("weight")
     bias = call.tensor("bias").float() if call.has("bias") else None
     if bias is not None and not bias.any():
         bias = None
-    if call.half_sums:
-        added = bias if bias is not None else 0.0
-        return Bound(lambda x: (_product(x.float(), weight.float().T, True) + added).to(kind), ("x",))
-    if weight.dtype == torch.float32:
-        return Bound(lambda x: F.linear(x.float(), weight, bias).to(kind), ("x",))
-    rows = max(1, WIDEN // weight.shape[1])
 
     def run(x: Tensor) -> Tensor:
         wide = x.float()
-        found = torch.cat([F.linear(wide, part.float()) for part in weight.split(rows)], -1)
+        found = _joined([_product(wide, part.T, call.half_sums) for part in weight.parts()], -1)
         return (found if bias is None else found + bias).to(kind)
 
     return Bound(run, ("x",))
@@ -96,11 +92,11 @@ def _matmul(call: Call) -> Bound:
         return _product(x.float(), y.float(), half_sums).to(kind)
 
     if call.is_constant("y"):
-        right = call.multiplier("y")
-        return Bound(lambda x: run(x, right), ("x",))
+        right = call.factor("y")
+        return Bound(lambda x: run(x, right.whole()), ("x",))
     if call.is_constant("x"):
-        left = call.multiplier("x")
-        return Bound(lambda y: run(left, y), ("y",))
+        left = call.factor("x")
+        return Bound(lambda y: run(left.whole(), y), ("y",))
     return Bound(run, ("x", "y"))
 
 
@@ -120,13 +116,13 @@ def _conv(call: Call) -> Bound:
         raise call.refuse("weight must be a constant")
     if call.half_sums:
         return _conv_stressed(call, pads, strides, dilations, groups, bias)
-    weight = call.multiplier("weight").float()
-    depthwise = groups == shape[1] == weight.shape[0] and weight.shape[1] == 1
     plain = set(strides) == set(dilations) == {1}
+    if groups == 1 and plain and math.prod(kernel) == 1 and not any(map(any, pads)):
+        return Bound(_pointwise(call.factor("weight"), bias, kind), ("x",))
+    weight = call.tensor("weight").float()
+    depthwise = groups == shape[1] == weight.shape[0] and weight.shape[1] == 1
     if depthwise and plain and math.prod(kernel) == kernel[-1] and math.prod(shape[2:]) == shape[-1]:
         return Bound(_depthwise(weight, bias, pads[-1], kind), ("x",))
-    if groups == 1 and plain and math.prod(kernel) == 1 and not any(map(any, pads)):
-        return Bound(_pointwise(weight.flatten(1), bias, kind), ("x",))
     function = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[space]
     flat = [pad for pair in reversed(pads) for pad in pair]
 
@@ -160,11 +156,12 @@ def _pads(
     return pads
 
 
-def _pointwise(weight: Tensor, bias: Tensor | None, kind: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """weight [O, C] over x [N, C, *D]: one product, which is many times faster than torch's convolution."""
+def _pointwise(weight: Factor, bias: Tensor | None, kind: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """weight [O, C, 1…] over x [N, C, *D]: one product, which is many times faster than torch's convolution."""
 
     def run(x: Tensor) -> Tensor:
-        total = weight @ x.flatten(2).float()
+        wide = x.flatten(2).float()
+        total = _joined([part.flatten(1) @ wide for part in weight.parts()], 1)
         if bias is not None:
             total += bias[:, None]
         return total.unflatten(2, x.shape[2:]).to(kind)

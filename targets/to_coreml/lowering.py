@@ -17,9 +17,9 @@ from coremltools.converters.mil.mil.types import np_int4_dtype, np_uint4_dtype
 from torch.fx import Node
 
 from export.model.trace import Program
-from targets.to_coreml.cut import HEAD
+from targets.to_coreml.cut import HEAD, PALETTE
 from targets.to_coreml.profiles import Profile
-from targets.to_coreml.weights import PALETTE, UNSIGNED, Form, WeightFile
+from targets.to_coreml.weights import UNSIGNED, Form, WeightFile
 
 EMPTY = {"float16": np.float16, "int8": np.int8, "int4": np_int4_dtype, "uint4": np_uint4_dtype}
 

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from targets.base import Arrays
 from targets.contract import CallError, check_call
 from targets.table import Table
+from targets.to_coreml import WEIGHT_BYTES
+from targets.to_coreml.constants import Budget
 from targets.to_coreml.exact import ExactPackage
 from targets.to_coreml.interpreter import Interpreter
 from targets.to_coreml.program import Package
@@ -46,13 +48,14 @@ class Emulated:
     """A package on the interpreter.
 
     Args:
-        exact: with float32 in place of float16; see `exact`. options: of `Interpreter`.
+        budget: of the memory for weights. exact: with float32 in place of float16; see `exact`.
+        options: of `Interpreter`.
     """
 
-    def __init__(self, path: Path, exact: bool = False, **options: Any) -> None:
+    def __init__(self, path: Path, budget: Budget, exact: bool = False, **options: Any) -> None:
         package = ExactPackage(path) if exact else Package(path)
         self._exact = exact
-        self._interpreter = Interpreter(package, **options)
+        self._interpreter = Interpreter(package, budget=budget, **options)
         self._states = self._interpreter.new_states()
 
     def load(self, function: str) -> None:
@@ -85,6 +88,7 @@ class CoreMLSession:
         self._folder = folder
         self._manifest = manifest
         self._options = options
+        self._budget = Budget(WEIGHT_BYTES)
         self.load_seconds = 0.0
         self._before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -113,7 +117,7 @@ class CoreMLSession:
                 units = self._manifest["session_options"]["computeUnits"]
                 self._backends[file] = Device(path, units)
             else:
-                self._backends[file] = Emulated(path, **self._options)
+                self._backends[file] = Emulated(path, self._budget, **self._options)
             if self._saved is not None and file in self._saved:
                 self._backends[file].restore(self._saved[file])
         return self._backends[file]

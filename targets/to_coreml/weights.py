@@ -20,6 +20,7 @@ from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Setting
 from export.quantize.tensor import QuantizedBlock
 from targets.to_coreml.blob import BITS, CODES, DTYPES, HEADER, RECORD, SENTINEL, VERSION
+from targets.to_coreml.cut import PALETTE
 
 ALIGNMENT = 64
 SIGNED, UNSIGNED = "int4", "uint4"
@@ -29,7 +30,6 @@ Form = Literal["signed", "offset", "table", "palette"]
 indices code + 8 into the 16 numbers that a group has, its scale in them: scales over a palette do not load on the GPU
 (coremltools PR 2688).
 """
-PALETTE = 16
 
 
 def aligned(size: int) -> int:
