@@ -20,7 +20,7 @@ from export.quantize.recipe import Recipe, Setting, load_recipe
 from export.sizes import SIZES
 from export.spec import UsageError
 from export.validate import metrics
-from export.validate.ladder import Case, l2, replay
+from export.validate.ladder import Case, l2
 from runtime_tests import mil
 from runtime_tests.conftest import MemoryCheckpoint, build, climb_l1, variant
 from targets import load_target
@@ -30,7 +30,6 @@ from targets.to_coreml import delta_rule
 from targets.to_coreml.cut import MAX_BYTES, cut, head_pieces, stored_bytes
 from targets.to_coreml.interpreter import Interpreter
 from targets.to_coreml.program import Package
-from targets.to_coreml.session import CoreMLSession
 
 NAME = "coreml"
 
@@ -186,26 +185,6 @@ def test_limits_that_cannot_hold_are_refused(tmp_path: Path) -> None:
         cut(job("2b", tmp_path, max_file_bytes=1_000_000))
     with pytest.raises(UsageError, match="--max-head-columns 100: a piece of the head has a multiple of 128 columns"):
         head_pieces(400, 100)
-
-
-def test_a_call_from_the_start_clears_every_state(small: Any, tmp_path: Path) -> None:
-    """Whatever the runtime still keeps, NaN included, a call with start = 0 begins from zeros."""
-    _, manifest, _ = build(small, tmp_path, Recipe.unquantised(), NAME, lengths=(16,))
-    session = CoreMLSession(tmp_path, manifest, 1)
-    rows = np.random.default_rng(0).standard_normal((20, 128)).astype(np.float16)
-    positions = np.tile(np.arange(20, dtype=np.int32), (3, 1))
-    plan = [(16, 16), *[(None, 1)] * 4]
-    expected = replay(session, rows, positions, plan, junk=0.0)
-    kept, explicit = session.snapshot()
-    spoilt = {
-        file: {name: np.full_like(array, np.nan) for name, array in states.items() if name[:3] in ("con", "rec")}
-        for file, states in kept.items()
-    }
-    session.restore(({file: {**kept[file], **spoilt[file]} for file in kept}, explicit))
-    reset, session.reset = session.reset, lambda: None  # type: ignore[method-assign]
-    again = replay(session, rows, positions, plan, junk=0.0)
-    session.reset = reset  # type: ignore[method-assign]
-    assert all(np.array_equal(a, b) for a, b in zip(expected, again, strict=True))
 
 
 def test_a_package_opens_in_coremltools_and_says_what_everything_is(small: Any, tmp_path: Path) -> None:

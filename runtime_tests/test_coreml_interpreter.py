@@ -18,6 +18,7 @@ from export.spec import ExportError
 from runtime_tests.mil import ct, function, mb, narrow, save
 from targets.contract import CallError
 from targets.to_coreml.constants import Budget, UnsupportedOperation, weights
+from targets.to_coreml.exact import ExactPackage
 from targets.to_coreml.interpreter import Interpreter
 from targets.to_coreml.program import Package
 
@@ -285,6 +286,11 @@ def test_functions_share_weights_and_the_budget_changes_no_result(
     assert len(linear) == 2 and len(wide._constants._factors) == 2
     want = wide.run("four", {"x": x}, {})
     np.testing.assert_array_equal(wide.run("one", {"x": x[:1]}, {})["rows"], want["rows"])
+    exact = Interpreter(ExactPackage(package.path))
+    exact.load()
+    assert len(exact._constants._factors) == 2  # read as float32, they are still one for both functions
+    wider = exact.run("four", {"x": x.astype(np.float32)}, {})["out"]
+    np.testing.assert_allclose(wider, want["out"].astype(float), rtol=1e-2, atol=0.5)
     monkeypatch.setattr("targets.to_coreml.constants.BLOCK", 100)
     monkeypatch.setattr("targets.to_coreml.constants.PART", 1000)
     for room, kept in ((0, 0), (4 * 48 * 64, 1)):

@@ -23,8 +23,10 @@ from export.spec import ExportError
 from targets.to_coreml.blob import BlobTensor
 from targets.to_coreml.program import Function, Operation, Reference
 
-BLOCK = 1 << 18
-"""Elements that are expanded at a time: as many as a processor's cache holds."""
+BLOCK = 1 << 15
+"""Elements that are expanded at a time: as many as torch leaves to one thread. With more, its threads wait for each
+other at every step, eight times as long where another process is busy.
+"""
 PART = 1 << 24
 """Elements of a factor that is not kept which are in memory at a time."""
 
@@ -70,15 +72,19 @@ def weights(function: Function) -> dict[str, Weight]:
         if operation.type == "const":
             (value,) = operation.inputs["val"]
             if isinstance(value, np.ndarray | BlobTensor):
-                named[operation.outputs[0][0]] = stored(value)
+                name, kind = operation.outputs[0]
+                named[name] = stored(value, kind.dtype)
         elif operation.type.startswith("constexpr_"):
             named[operation.outputs[0][0]] = compressed(operation, named, function.name)
     return named
 
 
-def stored(value: NDArray[Any] | BlobTensor) -> Weight:
-    """A constant that is not compressed."""
+def stored(value: NDArray[Any] | BlobTensor, dtype: str | None = None) -> Weight:
+    """A constant that is not compressed; float16 in a file may be declared to be float32 (see `exact`)."""
     if isinstance(value, BlobTensor):
+        if (value.dtype, dtype) == ("float16", "float32"):
+            wide: Rows = lambda start, stop: as_tensor(value.rows(start, stop)).float()  # noqa: E731
+            return Weight(value.shape, "float32", (*value.key, dtype), wide, lambda: as_tensor(value.array()).float())
         rows: Rows = lambda start, stop: as_tensor(value.rows(start, stop))  # noqa: E731
         return Weight(value.shape, value.dtype, value.key, rows, lambda: as_tensor(value.array()))
     rows = lambda start, stop: as_tensor(value[start:stop])  # noqa: E731

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from targets.to_coreml.blob import BlobTensor
 from targets.to_coreml.program import Function, Operation, Package, TensorType
 
 NAMES = {"fp16": "fp32"}
@@ -41,7 +40,8 @@ def _wide(kind: TensorType) -> TensorType:
 
 
 def _operation(operation: Operation) -> Operation:
-    # The parts of a compressed constant say how to expand it; only what comes out is wider.
+    # The parts of a compressed constant say how to expand it; only what comes out is wider. A constant in a file is
+    # widened when it is read, once for all functions: its type says so.
     packed = operation.type.startswith("constexpr_")
     inputs = operation.inputs if packed else {k: tuple(map(_value, v)) for k, v in operation.inputs.items()}
     outputs = tuple((name, _wide(kind)) for name, kind in operation.outputs)
@@ -49,8 +49,6 @@ def _operation(operation: Operation) -> Operation:
 
 
 def _value(value: Any) -> Any:
-    if isinstance(value, BlobTensor) and value.dtype == "float16":
-        return value.array().astype(np.float32)
     if isinstance(value, np.ndarray) and value.dtype == np.float16:
         return value.astype(np.float32)
     return NAMES.get(value, value) if isinstance(value, str) else value

@@ -97,6 +97,7 @@ class CoreMLSession:
         self._explicit: dict[str, NDArray[Any]] = {}
         self._saved: dict[str, Arrays] | None = None
         """States of packages that are not loaded yet, after `restore`."""
+        self._failed = False
         self._kept = {state["name"]: state for state in manifest["states"]}
         self.reset()
 
@@ -124,6 +125,9 @@ class CoreMLSession:
 
     def run(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         entry = check_call(self._manifest, signature, inputs)
+        if "start" in inputs and self._failed:
+            raise CallError("an earlier call failed and left no states; reset the session, or restore a snapshot")
+        self.load([signature])  # all of it, because after a stage has run its states are new
         values: dict[str, NDArray[Any]] = dict(inputs)
         dtypes = {tensor["name"]: tensor["dtype"] for tensor in entry["outputs"]}
         for stage in entry["stages"]:
@@ -140,13 +144,17 @@ class CoreMLSession:
         given = {runtime: values[name] for name, runtime in stage["inputs"].items()}
         explicit = {name: how for name, how in stage.get("states", {}).items() if how != "internal"}
         given |= {how["input"]: self._explicit[name] for name, how in explicit.items()}
-        results = self._backend(stage["file"]).run(stage["entry"], given)
+        try:
+            results = self._backend(stage["file"]).run(stage["entry"], given)
+        except BaseException:
+            self._failed = True  # states of earlier stages are new, the others old
+            raise
         for name, runtime in stage["outputs"].items():
             values[name] = results[runtime]
         self._explicit |= {name: results[how["output"]] for name, how in explicit.items()}
 
     def reset(self) -> None:
-        self._saved = None
+        self._saved, self._failed = None, False
         for backend in self._backends.values():
             backend.restore(None)
         self._explicit = {
@@ -160,7 +168,7 @@ class CoreMLSession:
         return states, {name: array.copy() for name, array in self._explicit.items()}
 
     def restore(self, snapshot: tuple[dict[str, Arrays], Arrays]) -> None:
-        self._saved, explicit = snapshot
+        (self._saved, explicit), self._failed = snapshot, False
         for file, backend in self._backends.items():
             backend.restore(self._saved.get(file))
         self._explicit = {name: array.copy() for name, array in explicit.items()}
@@ -170,7 +178,9 @@ class CoreMLSession:
         found: Arrays = {}
         arrays = {name: array for backend in self._backends.values() for name, array in backend.states().items()}
         for name, state in self._kept.items():
-            array = (arrays | self._explicit)[name]
+            array = arrays.get(name, self._explicit.get(name))
+            if array is None:  # its package is not loaded yet
+                array = np.zeros(state["shape"], state["dtype"])
             layers = state["layer"] if isinstance(state["layer"], list) else [state["layer"]]
             for index, layer in enumerate(layers):
                 found[f"{state['kind']}_{layer}"] = self._plain(state["kind"], array[index])

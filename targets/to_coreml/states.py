@@ -20,6 +20,7 @@ from targets.to_coreml.lowering import Lowering, ints
 from targets.to_coreml.profiles import Profile
 
 KV = ("key", "value")
+LARGEST = np.finfo(np.float16).max
 ROWS_AXIS = 2
 """Axis of tokens in a cache [1, Hkv, L, Dh], in front of which stacked ones have their layers."""
 
@@ -148,8 +149,14 @@ class States:
         return value if len(kept.layers) == 1 else _layer(value, index)
 
     def write_rows(self, low: Lowering, node: Node, rows: Any) -> Any:
-        """Write new rows [1, Hkv, C, Dh] into a cache from `start` on; returns the whole cache of that layer."""
+        """Write new rows [1, Hkv, C, Dh] into a cache from `start` on; returns the whole cache of that layer.
+
+        A cache never holds NaN or infinity: rows that nobody may see count 0 times what they hold, which those would
+        survive, into the next conversation too.
+        """
         kept, index = self._find(self._nodes[node])
+        finite = mb.less_equal(x=mb.abs(x=rows), y=LARGEST)
+        rows = mb.select(cond=finite, a=rows, b=low.constant("zero", np.float16(0)))
         stacked = len(kept.layers) > 1
         place = low.once(f"place {index if stacked else 0} {rows.shape[2]}", lambda: _place(low, rows, index, stacked))
         begin, end = place
