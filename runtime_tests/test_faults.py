@@ -20,13 +20,13 @@ from export.checkpoint.weights import Weights
 from export.quantize.recipe import load_recipe
 from export.validate.ladder import Case, Rung, l2
 from runtime_tests.conftest import MemoryCheckpoint, build, climb_l1, variant
+from runtime_tests.faults import Patch, Patcher
 from targets import load_target
 from targets.to_onnx import operators, pack
 from targets.to_onnx.graph import Graph
 from targets.to_onnx.session import OnnxSession
 
 Nodes = list[onnx.NodeProto]
-Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def climb_l2(checkpoint: MemoryCheckpoint, folder: Path) -> Rung:
     return l2(Case(checkpoint, checkpoint.model_config, recipe, load_target("onnx"), folder, manifest, 1))
 
 
-def on_nodes(change: Callable[[Graph, Nodes], None]) -> Callable[[Patch], None]:
+def on_nodes(change: Callable[[Graph, Nodes], None]) -> Patcher:
     """A fault that edits the nodes of every graph before it is saved."""
 
     def patch(monkeypatch: Patch) -> None:
@@ -108,7 +108,7 @@ def swap_inputs(op: str, a: int, b: int) -> Any:
     return on_nodes(change)
 
 
-def emitter(name: str, wrong: Callable[[Any], Any]) -> Callable[[Patch], None]:
+def emitter(name: str, wrong: Callable[[Any], Any]) -> Patcher:
     """A fault in one row of the operator table."""
     return lambda monkeypatch: monkeypatch.setitem(operators.EMITTERS, name, wrong(operators.EMITTERS[name]))
 
@@ -191,7 +191,7 @@ def ungated(right: Any) -> Any:
     return wrong
 
 
-def transposed(name: str) -> Callable[[Patch], None]:
+def transposed(name: str) -> Patcher:
     """Rows and columns of the patch grid exchanged in a table made at export."""
 
     def patch(monkeypatch: Patch) -> None:
@@ -208,7 +208,7 @@ def is_patches(node: onnx.NodeProto) -> bool:
     return any(len(a.ints) == 7 for a in node.attribute)
 
 
-def transform(name: str, wrong: str) -> Callable[[Patch], None]:
+def transform(name: str, wrong: str) -> Patcher:
     """A wrong elementwise map from published to exported weights, in the artifact only."""
 
     def patch(monkeypatch: Patch) -> None:
@@ -225,7 +225,7 @@ def transform(name: str, wrong: str) -> Callable[[Patch], None]:
     return patch
 
 
-def wrong_pack(name: str, value: Any) -> Callable[[Patch], None]:
+def wrong_pack(name: str, value: Any) -> Patcher:
     return lambda monkeypatch: monkeypatch.setattr(pack, name, value)
 
 
@@ -266,7 +266,7 @@ L1: dict[str, Any] = {
 }
 
 
-def off_by_one(name: str, amount: int) -> Callable[[Patch], None]:
+def off_by_one(name: str, amount: int) -> Patcher:
     """KV slots: the total length seen by attention is wrong by `amount`."""
 
     def change(graph: Graph, nodes: Nodes) -> None:

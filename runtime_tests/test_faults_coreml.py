@@ -30,6 +30,7 @@ from export.validate.ladder import Case, RoundedWeights, Rung, compare_lowered, 
 from export.validate.probe import make_probe
 from runtime_tests import test_faults_host
 from runtime_tests.conftest import SIZES, MemoryCheckpoint, variant
+from runtime_tests.faults import Emitters, Patch, Patcher, both, first_answer, host, replaced
 from targets import load_target
 from targets.base import Job
 from targets.to_coreml import attention, delta_rule, lower, norms, operators, states, weights
@@ -43,8 +44,6 @@ LENGTHS = (16,)
 TOKENS = 48
 """Of the probe and the context: two chunks, the second one padded, then single tokens, with two pictures."""
 LINEAR, FULL = "linear_attention", "full_attention"
-Patch = pytest.MonkeyPatch
-Patcher = Callable[[Patch], None]
 
 
 @dataclass(frozen=True)
@@ -180,55 +179,13 @@ def failing(rung: Rung) -> set[str]:
 
 
 # -- how a fault is made ------------------------------------------------------------------------------
-def emitter(make: Callable[[Any], Any], *names: str) -> Patcher:
-    """Other rows in the table: each made of the right one."""
-
-    def patch(monkeypatch: Patch) -> None:
-        for name in names:
-            monkeypatch.setitem(operators.EMITTERS, name, make(operators.EMITTERS[name]))
-
-    return patch
-
-
-def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Patcher:
-    """Another function in place of one of the target's; made of the right one."""
-    return lambda monkeypatch: monkeypatch.setattr(owner, name, make(getattr(owner, name)))
-
-
-def within(name: str, *changes: tuple[Any, str, Callable[[Any], Any]]) -> Patcher:
-    """The same, while one operator is emitted."""
-
-    def make_emitter(right: Any) -> Any:
-        def wrong(low: Any, node: Any) -> None:
-            with pytest.MonkeyPatch.context() as monkeypatch:
-                for owner, attribute, make in changes:
-                    replaced(owner, attribute, make)(monkeypatch)
-                right(low, node)
-
-        return wrong
-
-    return emitter(make_emitter, name)
+EMITTERS = Emitters(operators.EMITTERS, [attention, delta_rule, norms, operators])
+emitter, within, arguments = EMITTERS.replaced, EMITTERS.within, EMITTERS.arguments
 
 
 def built(name: str, operation: str, make: Callable[[Any], Any]) -> Patcher:
     """Another operation of MIL, while one operator is emitted."""
     return within(name, (mb, operation, make))
-
-
-def arguments(name: str, change: Callable[..., tuple[Any, ...]]) -> Patcher:
-    """An operator that reads other operands."""
-    modules = (attention, delta_rule, norms, operators)
-    return within(name, *((m, "operands", lambda right: lambda node: change(*right(node))) for m in modules))
-
-
-def both(*patchers: Patcher) -> Patcher:
-    """One mistake that shows in several places."""
-
-    def patch(monkeypatch: Patch) -> None:
-        for one in patchers:
-            one(monkeypatch)
-
-    return patch
 
 
 def with_valid(right: Any) -> Any:
@@ -447,17 +404,6 @@ def without_bias(name: str, array: Any) -> Any:
 def absent_bias(right: Any) -> Any:
     """Zeros that are not named after the parameter."""
     return lambda low, name, array: right(low, "no_bias" if "dt_bias" in name else name, without_bias(name, array))
-
-
-def first_answer(right: Any) -> Any:
-    """Tables of the first image size, whatever the size."""
-    known: list[Any] = []
-
-    def wrong(*inputs: Any) -> Any:
-        known.append(right(*inputs))
-        return known[0]
-
-    return wrong
 
 
 def identity(right: Any) -> Any:
@@ -909,71 +855,20 @@ L2: dict[str, Fault] = {
 
 
 # -- faults of the host -------------------------------------------------------------------------------
-def damaged(change: Callable[[CoreMLSession, dict[str, Any]], None]) -> Patcher:
-    """A host that alters what it feeds the decoder, or the states between calls."""
-
-    def make(right: Any) -> Any:
-        def run(self: CoreMLSession, name: str, inputs: Any) -> Any:
-            inputs = dict(inputs)
-            if "start" in inputs:
-                change(self, inputs)
-            return right(self, name, inputs)
-
-        return run
-
-    return replaced(CoreMLSession, "run", make)
+def lose(session: CoreMLSession, kind: str) -> None:
+    held, explicit = session.snapshot()
+    for arrays in held.values():
+        for state, array in arrays.items():
+            if state.startswith(kind):
+                array[...] = 0
+    session.restore((held, explicit))
 
 
-def all_rows_valid(session: CoreMLSession, inputs: dict[str, Any]) -> None:
-    if "valid" in inputs:
-        inputs["valid"] = np.asarray([inputs["embeddings"].shape[1]], np.int32)
-
-
-def positions_as_text(session: CoreMLSession, inputs: dict[str, Any]) -> None:
-    count = inputs["position_ids"].shape[1]
-    inputs["position_ids"] = np.tile(inputs["start"] + np.arange(count, dtype=np.int32), (3, 1))
-
-
-def positions_of_one_axis(session: CoreMLSession, inputs: dict[str, Any]) -> None:
-    inputs["position_ids"] = np.tile(inputs["position_ids"][:1], (3, 1))
-
-
-def colours_exchanged(right: Any) -> Any:
-    def run(self: CoreMLSession, name: str, inputs: Any) -> Any:
-        if "image" in inputs:
-            inputs = {"image": np.ascontiguousarray(inputs["image"][:, ::-1])}
-        return right(self, name, inputs)
-
-    return run
-
-
-def lost(kind: str) -> Patcher:
-    def change(session: CoreMLSession, inputs: dict[str, Any]) -> None:
-        held, explicit = session.snapshot()
-        for arrays in held.values():
-            for state, array in arrays.items():
-                if state.startswith(kind):
-                    array[...] = 0
-        session.restore((held, explicit))
-
-    return damaged(change)
-
-
+CHECKS = {"one axis of positions for all three": "states", "colours of the picture exchanged": "vision"}
+QUICK = {"one axis of positions for all three", "conv state not carried"}
 L3: dict[str, Fault] = {
-    "image positions as text": fault(damaged(positions_as_text), "kl_mean"),
-    "one axis of positions for all three": fault(
-        damaged(positions_of_one_axis),
-        "states",
-        quick=True,
-    ),
-    "colours of the picture exchanged": fault(replaced(CoreMLSession, "run", colours_exchanged), "vision"),
-    "two pictures exchanged": fault(test_faults_host.swapped_images, "kl_mean"),
-    "rows of a picture reversed": fault(test_faults_host.reversed_rows, "kl_mean"),
-    "padding counted as valid": fault(damaged(all_rows_valid), "kl_mean"),
-    "conv state not carried": fault(lost("conv"), "kl_mean", quick=True),
-    "recurrent state not carried": fault(lost("recurrent"), "kl_mean"),
-    "keys not carried": fault(lost("key"), "kl_mean"),
-    "values not carried": fault(lost("value"), "kl_mean"),
+    name: fault(patch, CHECKS.get(name, "kl_mean"), quick=name in QUICK)
+    for name, patch in host(CoreMLSession, lose).items()
 }
 
 

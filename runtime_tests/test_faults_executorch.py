@@ -23,6 +23,7 @@ from export.quantize.recipe import Recipe, load_recipe
 from export.validate.ladder import Case, Rung, l2, l3
 from runtime_tests import test_faults, test_faults_host
 from runtime_tests.conftest import MemoryCheckpoint, build, climb_l1, variant
+from runtime_tests.faults import Emitters, Patch, Patcher, both, first_answer, host, replaced, zeroed
 from targets import load_target
 from targets.to_executorch import delta_rule, file, lower, nodes, operators, pack
 from targets.to_executorch.pack import WeightTable
@@ -31,8 +32,6 @@ from targets.to_executorch.session import ExecuTorchSession
 
 NAME = "executorch"
 LENGTHS = (16,)
-Patch = pytest.MonkeyPatch
-Fault = Callable[[Patch], None]
 
 
 @pytest.fixture(scope="module")
@@ -91,48 +90,13 @@ def lowered_l2(checkpoint: MemoryCheckpoint, folder: Path) -> Rung:
 
 
 # -- how a fault is made ------------------------------------------------------------------------------
-def emitter(make: Callable[[Any], Any], *names: str) -> Fault:
-    """Other rows in the table: each made of the right one."""
-
-    def patch(monkeypatch: Patch) -> None:
-        for name in names:
-            monkeypatch.setitem(operators.EMITTERS, name, make(operators.EMITTERS[name]))
-
-    return patch
+EMITTERS = Emitters(operators.EMITTERS, [operators])
+emitter, arguments = EMITTERS.replaced, EMITTERS.arguments
 
 
-def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Fault:
-    """Another function in place of one of the target's; made of the right one."""
-    return lambda monkeypatch: monkeypatch.setattr(owner, name, make(getattr(owner, name)))
-
-
-def within(name: str, owner: Any, attribute: str, make: Callable[[Any], Any]) -> Fault:
-    """The same, while one operator is emitted."""
-
-    def make_emitter(right: Any) -> Any:
-        def wrong(low: Any, node: Any) -> None:
-            with pytest.MonkeyPatch.context() as monkeypatch:
-                monkeypatch.setattr(owner, attribute, make(getattr(owner, attribute)))
-                right(low, node)
-
-        return wrong
-
-    return emitter(make_emitter, name)
-
-
-def arguments(name: str, change: Callable[..., tuple[Any, ...]]) -> Fault:
-    """An operator that reads other operands."""
-    return within(name, operators, "operands", lambda right: lambda node: change(*right(node)))
-
-
-def both(*faults: Fault) -> Fault:
-    """One mistake that shows in several places."""
-
-    def patch(monkeypatch: Patch) -> None:
-        for fault in faults:
-            fault(monkeypatch)
-
-    return patch
+def within(name: str, owner: Any, attribute: str, make: Callable[[Any], Any]) -> Patcher:
+    """Another function while one operator is emitted."""
+    return EMITTERS.within(name, (owner, attribute, make))
 
 
 # -- faults of the decoder ----------------------------------------------------------------------------
@@ -152,7 +116,7 @@ def forgets(place: int) -> Callable[[Any], Any]:
     return make
 
 
-def eps_where(dimensions: int) -> Fault:
+def eps_where(dimensions: int) -> Patcher:
     """A large eps in norms of rows [C, D] (all but the first follow a residual) or of heads [C, H, D]."""
 
     def change(x: Any, weight: Any, eps: float) -> tuple[Any, ...]:
@@ -216,7 +180,7 @@ def unsolved(right: Any) -> Any:
     return identity_like
 
 
-def chunks_of(tokens: int) -> Fault:
+def chunks_of(tokens: int) -> Patcher:
     """Right in itself: the delta rule in shorter chunks."""
     return replaced(delta_rule, "CHUNK", lambda right: tokens)
 
@@ -293,7 +257,7 @@ def stale_row(right: Any) -> Any:
     return run
 
 
-def transform(name: str, wrong: str) -> Fault:
+def transform(name: str, wrong: str) -> Patcher:
     """A wrong elementwise map from published to exported weights, in the artifact only."""
 
     def make(right: Any) -> Any:
@@ -310,17 +274,6 @@ def transform(name: str, wrong: str) -> Fault:
     return replaced(WeightTable, "kept", make)
 
 
-def first_answer(right: Any) -> Any:
-    """Tables of the first image size, whatever the size."""
-    known: list[Any] = []
-
-    def wrong(*inputs: Any) -> Any:
-        known.append(right(*inputs))
-        return known[0]
-
-    return wrong
-
-
 def identity(right: Any) -> Any:
     return lambda low, node: low.define(node, low.value(node.args[0]))
 
@@ -329,7 +282,7 @@ def quick_gelu(right: Any) -> Any:
     return lambda m, x: nodes.multiply(m, x, nodes.unary(m, "Sigmoid", nodes.scale(m, x, 1.702)))
 
 
-def row_early(field: str, row_bytes: int) -> Fault:
+def row_early(field: str, row_bytes: int) -> Patcher:
     """The embedding's table begins a row too early in the file."""
 
     def make(right: Any) -> Any:
@@ -347,7 +300,7 @@ CONV, GATES, NORM = "mobile.causal_conv.default", "mobile.delta_gates.default", 
 STEP, CHUNK = "mobile.gated_delta_step.default", "mobile.gated_delta_chunk.default"
 ATTENTION, VISION = "mobile.cached_attention.default", "aten.scaled_dot_product_attention.default"
 
-L1: dict[str, Fault] = {
+L1: dict[str, Patcher] = {
     "eps of the l2 norm too small": arguments(NORM, lambda x, eps, factor: (x, eps / 100, factor)),
     "eps of the l2 norm left out": arguments(NORM, lambda x, eps, factor: (x, 0.0, factor)),
     # There is no fused norm of a sum here: what onnxruntime tells apart by operator is told apart by shape.
@@ -427,14 +380,14 @@ L1: dict[str, Fault] = {
 
 
 # -- faults of the packer -----------------------------------------------------------------------------
-def codes(change: Callable[[Any], Any]) -> Fault:
+def codes(change: Callable[[Any], Any]) -> Patcher:
     """Other 4-bit codes in the file."""
     return replaced(
         pack, "pack_codes", lambda right: lambda b, bits: change(right(b, bits)) if bits == 4 else right(b, bits)
     )
 
 
-def scales(change: Callable[[Any], Any], widths: tuple[int, ...] = (4, 8)) -> Fault:
+def scales(change: Callable[[Any], Any], widths: tuple[int, ...] = (4, 8)) -> Patcher:
     """Other scales in the file: bfloat16 [r, G] at 4 bits, float32 [r, 1] at 8."""
 
     def make(right: Any) -> Any:
@@ -451,7 +404,7 @@ def as_float32(bfloat16: Any) -> Any:
     return (bfloat16.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def pieces(change: Callable[[str, bytes], bytes]) -> Fault:
+def pieces(change: Callable[[str, bytes], bytes]) -> Patcher:
     """Other bytes in some pieces of quantised weights."""
 
     def make(right: Any) -> Any:
@@ -490,7 +443,7 @@ def exchanged_places(right: Any) -> Any:
     return wrong
 
 
-L2: dict[str, Fault] = {
+L2: dict[str, Patcher] = {
     "nibbles exchanged": codes(lambda packed: (packed << np.uint8(4)) | (packed >> np.uint8(4))),
     "zero point 7 for 8": codes(lambda packed: packed - np.uint8(0x11)),
     "scales of another row": scales(lambda found: found[::-1]),
@@ -510,66 +463,7 @@ L2: dict[str, Fault] = {
 }
 
 
-# -- faults of the host -------------------------------------------------------------------------------
-def damaged(change: Callable[[ExecuTorchSession, dict[str, Any]], None]) -> Fault:
-    """A host that alters what it feeds the decoder, or the states between calls."""
-
-    def make(right: Any) -> Any:
-        def run(self: ExecuTorchSession, name: str, inputs: Any) -> Any:
-            inputs = dict(inputs)
-            if "start" in inputs:
-                change(self, inputs)
-            return right(self, name, inputs)
-
-        return run
-
-    return replaced(ExecuTorchSession, "run", make)
-
-
-def all_rows_valid(session: ExecuTorchSession, inputs: dict[str, Any]) -> None:
-    if "valid" in inputs:
-        inputs["valid"] = np.asarray([inputs["embeddings"].shape[1]], np.int32)
-
-
-def positions_as_text(session: ExecuTorchSession, inputs: dict[str, Any]) -> None:
-    count = inputs["position_ids"].shape[1]
-    inputs["position_ids"] = np.tile(inputs["start"] + np.arange(count, dtype=np.int32), (3, 1))
-
-
-def positions_of_one_axis(session: ExecuTorchSession, inputs: dict[str, Any]) -> None:
-    inputs["position_ids"] = np.tile(inputs["position_ids"][:1], (3, 1))
-
-
-def colours_exchanged(right: Any) -> Any:
-    def run(self: ExecuTorchSession, name: str, inputs: Any) -> Any:
-        if "image" in inputs:
-            inputs = {"image": np.ascontiguousarray(inputs["image"][:, ::-1])}
-        return right(self, name, inputs)
-
-    return run
-
-
-def lost(kind: str) -> Fault:
-    def change(session: ExecuTorchSession, inputs: dict[str, Any]) -> None:
-        for state, array in session.states().items():
-            if state.startswith(kind):
-                array[...] = 0
-
-    return damaged(change)
-
-
-L3: dict[str, Fault] = {
-    "image positions as text": damaged(positions_as_text),
-    "one axis of positions for all three": damaged(positions_of_one_axis),
-    "colours of the picture exchanged": replaced(ExecuTorchSession, "run", colours_exchanged),
-    "two pictures exchanged": test_faults_host.swapped_images,
-    "rows of a picture reversed": test_faults_host.reversed_rows,
-    "padding counted as valid": damaged(all_rows_valid),
-    "conv state not carried": lost("conv"),
-    "recurrent state not carried": lost("recurrent"),
-    "keys not carried": lost("key"),
-    "values not carried": lost("value"),
-}
+L3 = host(ExecuTorchSession, zeroed)
 
 
 @pytest.fixture(scope="module")

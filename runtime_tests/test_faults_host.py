@@ -6,19 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from export.model import decoder, operators, positions
+from export.model import decoder, operators
 from export.quantize.recipe import Recipe
-from export.validate import ladder
 from export.validate.ladder import Case, Rung, l0, l3
 from runtime_tests.conftest import MemoryCheckpoint, build, variant
+from runtime_tests.faults import Patch, Patcher, host, zeroed
 from targets import load_target
 from targets.to_onnx.session import OnnxSession
-
-Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +41,7 @@ class Wrong:
         return getattr(operators.ops, name)
 
 
-def wrong_operator(name: str, replacement: Callable[..., Any]) -> Callable[[Patch], None]:
+def wrong_operator(name: str, replacement: Callable[..., Any]) -> Patcher:
     return lambda patch: patch.setattr(decoder, "ops", Wrong(name, replacement))
 
 
@@ -63,7 +60,7 @@ def late_queries(x: Any, cos: Any, sin: Any) -> Any:
     return operators.rotary(x, cos, sin)
 
 
-L0: dict[str, Callable[[Patch], None]] = {
+L0: dict[str, Patcher] = {
     "eps of the rms norm too large": wrong_operator(
         "rms_norm", lambda x, w, eps: operators.rms_norm(x, w, 1e-3)
     ),
@@ -97,75 +94,7 @@ def test_l0_catches(fault: str, case: Case, monkeypatch: Patch) -> None:
     assert l0(case).status == "FAIL"
 
 
-def damaged(change: Callable[[OnnxSession, str, dict[str, Any]], dict[str, Any]]) -> Callable[[Patch], None]:
-    """A host that alters what it feeds, or the states between calls."""
-
-    def patch(monkeypatch: Patch) -> None:
-        right = OnnxSession.run
-        monkeypatch.setattr(OnnxSession, "run", lambda s, name, x: right(s, name, change(s, name, dict(x))))
-
-    return patch
-
-
-def positions_as_text(session: OnnxSession, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    if "position_ids" in inputs:
-        count = inputs["position_ids"].shape[1]
-        inputs["position_ids"] = np.tile(inputs["start"] + np.arange(count, dtype=np.int32), (3, 1))
-    return inputs
-
-
-def positions_of_one_axis(session: OnnxSession, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    if "position_ids" in inputs:
-        inputs["position_ids"] = np.tile(inputs["position_ids"][:1], (3, 1))
-    return inputs
-
-
-def colours_exchanged(session: OnnxSession, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    if "image" in inputs:
-        inputs["image"] = np.ascontiguousarray(inputs["image"][:, ::-1])
-    return inputs
-
-
-def all_rows_valid(session: OnnxSession, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    if "valid" in inputs:
-        inputs["valid"] = np.asarray([inputs["embeddings"].shape[1]], np.int32)
-    return inputs
-
-
-def lost(kind: str) -> Callable[[OnnxSession, str, dict[str, Any]], dict[str, Any]]:
-    def change(session: OnnxSession, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
-        for state, array in session.states().items():
-            if state.startswith(kind) and "start" in inputs:
-                array[...] = 0
-        return inputs
-
-    return change
-
-
-def swapped_images(patch: Patch) -> None:
-    right = positions.splice
-    patch.setattr(ladder, "splice", lambda rows, ids, token, images: right(rows, ids, token, list(images)[::-1]))
-
-
-def reversed_rows(patch: Patch) -> None:
-    right = positions.splice
-    patch.setattr(
-        ladder, "splice", lambda rows, ids, token, images: right(rows, ids, token, [i[::-1] for i in images])
-    )
-
-
-L3: dict[str, Callable[[Patch], None]] = {
-    "image positions as text": damaged(positions_as_text),
-    "one axis of positions for all three": damaged(positions_of_one_axis),
-    "colours of the picture exchanged": damaged(colours_exchanged),
-    "padding counted as valid": damaged(all_rows_valid),
-    "conv state not carried": damaged(lost("conv")),
-    "recurrent state not carried": damaged(lost("recurrent")),
-    "keys not carried": damaged(lost("key")),
-    "values not carried": damaged(lost("value")),
-    "two pictures exchanged": swapped_images,
-    "rows of a picture reversed": reversed_rows,
-}
+L3 = host(OnnxSession, zeroed)
 
 
 @pytest.mark.parametrize("fault", list(L3))
