@@ -291,7 +291,7 @@ def test_the_plan_follows_the_options() -> None:
 
 
 def test_the_plan_knows_how_a_target_stores() -> None:
-    """Core ML: floats and states in two bytes, palettes of 16 numbers a group; its emulator holds weights as float32."""
+    """Core ML: floats and states in two bytes, palettes; its emulator holds weights as float32."""
     line = "--target {} --size 0.8b --checkpoint random --recipe {} --no-vision {}"
 
     def made(target: str, recipe: str, more: str = "") -> plan.Plan:
