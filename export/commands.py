@@ -59,13 +59,14 @@ def export(spec: ExportSpec, options: argparse.Namespace) -> int:
 
 
 def parity_table(report: dict[str, Any]) -> str:
-    """Every check of a report, one per line."""
-    from export.report.card import gate, number
+    """Every check of a report, one per line; those that ran the bundle with where: host or emulated."""
+    from export.report.card import gate, number, source
 
-    lines = [f"{'check':<26}{'value':>12}  {'gate':<12}status"]
-    for rung in report["rungs"].values():
+    lines = [f"{'check':<26}{'value':>12}  {'gate':<12}{'status':<10}source"]
+    for name, rung in report["rungs"].items():
         for check in rung["checks"]:
-            lines.append(f"{check['name']:<26}{number(check['value']):>12}  {gate(check):<12}{check['status']}")
+            line = f"{check['name']:<26}{number(check['value']):>12}  {gate(check):<12}{check['status']:<10}"
+            lines.append((line + source(report, name)).rstrip())
     return "\n".join(lines)
 
 

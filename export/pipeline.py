@@ -22,7 +22,7 @@ from export.report import card
 from export.spec import ExportSpec, GateError, UsageError
 from export.validate import judge
 from targets import load_target
-from targets.base import Job, Lowered, Target, grouped, refuse
+from targets.base import Job, Lowered, Target
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "executorch", "coremltools", "qwen35-mobile")
 
@@ -92,6 +92,8 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
                     max_head_columns=spec.max_head_columns,
                     palettes=spec.palettes,
                     stop_token_ids=tuple(stop_ids(checkpoint, config)),
+                    license=license_of(checkpoint),
+                    source=checkpoint.source,
                     resume=writer.resumed,
                     advance=bar.advance,
                 )
@@ -99,20 +101,20 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
         for path, role in lowered.files.items():
             writer.add(path, role)
         manifest = describe(spec, checkpoint, weights, quantizer.recipe, target, lowered, tokenizer)
-        with progress.stage("lint"):
-            findings = target.lint(writer.path, manifest, activations=not spec.skip_validation) or []
-            refuse(findings)
-        for found in grouped(findings):
-            progress.notice(f"{found['rule']} ({found['count']}): {found['text']}")
         passed = True
-        if not spec.skip_validation:
+        if spec.skip_validation:
+            with progress.stage("lint"):
+                findings = judge.lint(target, writer.path, manifest, activations=False)
+        else:
             report = judge.judge(
                 checkpoint, config, recipe, target, writer.path, manifest, spec.threads, progress.stage
             )
-            report["lint"] = grouped(findings)
+            findings = report.get("lint")
             passed = report["passed"]
             with progress.stage("report"):
                 judge.write_reports(writer, manifest, report)
+        for found in findings or []:
+            progress.notice(f"{found['rule']} ({found['count']}): {found['text']}")
         writer.add("README.md", "card").write_text(card.render(manifest, report, target.loading), encoding="utf-8")
         manifest["status"] = "validated" if report is not None and passed else "unvalidated"
         final = writer.commit(manifest, accepted=passed)

@@ -101,7 +101,8 @@ def make(spec: ExportSpec) -> Plan:
     recipe.check(
         (name, role_of(name, tied), shape[1]) for name, shape in shapes.items() if role_of(name, tied) != "kept"
     )
-    roles = role_sizes(shapes, recipe, tied, able, spec.palettes)
+    # Palettes take more than scales only where each group has one of its own; see targets/to_coreml/cut.py.
+    roles = role_sizes(shapes, recipe, tied, able, spec.palettes and spec.profile == "ane")
     weights = sum(role.size_bytes for role in roles)
     if spec.text_runner:  # whose kernel wants an embedding of its own, with float32 scales
         count = config.text.vocab_size * config.text.hidden_size
@@ -151,8 +152,8 @@ def role_sizes(
 
 
 def stored_bytes(count: int, setting: Setting, able: Capabilities, palettes: bool = False) -> int:
-    """Bytes of codes, scales and zero points; 8 bits repeat their channel's scale every 128 weights at most. A palette
-    is 16 float16 numbers in place of a group's scale.
+    """Bytes of codes, scales and zero points; 8 bits repeat their channel's scale every 128 weights at most. With
+    `palettes` each group has 16 float16 numbers of its own in place of a scale.
     """
     if not setting.quantised:
         return count * FLOAT_BYTES[able.floats]

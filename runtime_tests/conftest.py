@@ -15,7 +15,8 @@ from export.model.config import ModelConfig
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
 from export.validate import reference
-from export.validate.ladder import Rung, compare_files, make_plan
+from export.validate.case import Rung, make_plan
+from export.validate.lowered import compare_files
 from export.validate.probe import make_probe
 from targets import load_target
 from targets.base import Job, Lowered

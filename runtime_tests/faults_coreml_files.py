@@ -125,7 +125,7 @@ def exchanged_places(right: Any) -> Any:
 
 
 INT4 = load_recipe("int4", 32)
-PALETTES: dict[str, Any] = {"palettes": True}
+PALETTES: dict[str, Any] = {"palettes": True, "profile": "ane"}
 ASYMMETRIC: dict[str, Any] = {
     "recipe": Recipe("asymmetric", {**INT4.roles, "decoder": Setting(4, 32, symmetric=False)})
 }

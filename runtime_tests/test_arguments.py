@@ -291,7 +291,9 @@ def test_the_plan_follows_the_options() -> None:
 
 
 def test_the_plan_knows_how_a_target_stores() -> None:
-    """Core ML: floats and states in two bytes, palettes; its emulator holds weights as float32."""
+    """Core ML: floats and states in two bytes, palettes of each group for the Neural Engine, one for the GPU; its
+    emulator holds weights as float32.
+    """
     line = "--target {} --size 0.8b --checkpoint random --recipe {} --no-vision {}"
 
     def made(target: str, recipe: str, more: str = "") -> plan.Plan:
@@ -301,7 +303,8 @@ def test_the_plan_knows_how_a_target_stores() -> None:
     assert onnx.bundle_bytes == 2 * coreml.bundle_bytes and onnx.state_bytes == 2 * coreml.state_bytes
     recurrent = 18 * 16 * 128 * 128
     assert made("coreml", "fp32", "--state-layout explicit").state_bytes == coreml.state_bytes + 2 * recurrent
-    four, palettes = made("coreml", "int4"), made("coreml", "int4", "--palettes")
+    four, palettes = made("coreml", "int4"), made("coreml", "int4", "--palettes --profile ane")
+    assert made("coreml", "int4", "--palettes").bundle_bytes == four.bundle_bytes
     counts = {role.role: role.parameters for role in four.roles}
     assert palettes.bundle_bytes - four.bundle_bytes == (
         30 * (counts["decoder"] // 128) + 30 * (counts["linear_attention"] // 128)

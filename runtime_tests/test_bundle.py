@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from export.bundle import manifest as contract
@@ -17,6 +18,8 @@ from export.bundle.manifest import MANIFEST, BundleError, check_manifest, dump
 from export.bundle.reader import Bundle
 from export.bundle.writer import KEY, MARK, BundleWriter, check_output
 from export.spec import ExportError, UsageError
+from targets.contract import CallError
+from targets.table import Table
 
 GOLDEN = sorted((Path(contract.__file__).parent / "golden").glob("*.json"))
 ONNX = [path for path in GOLDEN if path.stem.startswith("onnx")]
@@ -386,6 +389,37 @@ def test_contract_violations(name: str) -> None:
         check_manifest(manifest)
 
 
+# Tables
+
+
+def table_of(folder: Path, size: int) -> Table:
+    """4 bits, 3 rows of 8 in groups of 4: 12 bytes of codes from 64 on, as many of scales from 128 on."""
+    (folder / "embed.bin").write_bytes(bytes(range(256))[:size])
+    table = {"rows": 3, "columns": 8, "bits": 4, "group_size": 4, "scale_dtype": "float16"}
+    return Table(folder, {"file": "embed.bin", "table": {**table, "data_offset": 64, "scale_offset": 128}})
+
+
+def test_a_table_is_read_by_token_ids(tmp_path: Path) -> None:
+    table = table_of(tmp_path, 140)
+    assert np.array_equal(table.of(np.array([[2, 0]])), table[np.array([[2, 0]])])
+    for wrong in (-1, 3):
+        with pytest.raises(CallError, match=f"token id {wrong} has no row in the embedding; ids are 0 to 2"):
+            table.of(np.array([[0, wrong]]))
+
+
+@pytest.mark.parametrize(("size", "end"), [(139, 140), (70, 76), (0, 76)])
+def test_a_table_whose_file_ends_too_early_is_refused(size: int, end: int, tmp_path: Path) -> None:
+    message = f"embed.bin has {size} bytes, the table in it reaches byte {end}; copy the bundle again"
+    with pytest.raises(BundleError, match=message):
+        table_of(tmp_path, size)
+
+
+def test_a_table_without_its_file_is_refused(tmp_path: Path) -> None:
+    stage = {"file": "gone.bin", "table": {"rows": 1, "columns": 8, "bits": 16, "group_size": None, "data_offset": 0}}
+    with pytest.raises(BundleError, match=r"gone\.bin has 0 bytes, the table in it reaches byte 16; copy the bundle"):
+        Table(tmp_path, stage)
+
+
 # Golden manifests: what the readers of the apps parse in their own tests
 
 
@@ -408,4 +442,39 @@ def test_golden_manifests_show_every_form_of_the_contract() -> None:
     assert any(isinstance(state["layer"], list) for m in manifests for state in m["states"])
     assert {state["kind"] for m in manifests for state in m["states"]} == {"key", "value", "conv", "recurrent"}
     assert {m["model"]["source"]["kind"] for m in manifests} == {"path", "random"}
+    tensors = [t for m in manifests for s in m["signatures"].values() for t in (*s["inputs"], *s["outputs"])]
+    assert {t["dtype"] for t in tensors if t["name"] == "embeddings"} == {"float16", "float32"}
+    assert any(stage["file"].endswith(".mlpackage") for stage in stages)
+
+
+def test_the_golden_manifest_of_core_ml() -> None:
+    """That of `python -m export --target coreml --size tiny --checkpoint random --recipe int4 --context-length 128
+    --prefill-lengths 64 --image-sizes 64x64 --max-file-layers 4 --state-layout stacked --max-head-columns 128
+    --skip-validation`.
+    """
+    manifest = contract.load(next(path for path in GOLDEN if path.stem == "coreml-stages"))
+    listed = {file["path"] for file in manifest["files"]}
+    for signature in ("decode", "prefill_64"):
+        entry = manifest["signatures"][signature]
+        names = [tensor["name"] for tensor in entry["outputs"]]
+        assert names == [f"logits_{index}" for index in range(len(names))] and len(names) > 1
+        assert [stage["file"] for stage in entry["stages"]] == ["decoder_0.mlpackage", "decoder_1.mlpackage"]
+        for stage in entry["stages"]:
+            assert stage["entry"] == signature and set(stage["states"].values()) == {"internal"}
+            # A package is a folder: `file` names it, `files` what lies in it.
+            assert stage["file"] not in listed and f"{stage['file']}/Manifest.json" in listed
+    (table,) = manifest["signatures"]["embed"]["stages"]
+    assert table["file"] == "decoder_1.mlpackage/Data/com.apple.CoreML/weights/weight.bin" and table["file"] in listed
+    assert {state["dtype"] for state in manifest["states"]} == {"float16"}
+    # Stacked, also where a package has one layer of a kind.
+    assert [state["layer"] for state in manifest["states"]] == [[0, 1, 2], [0, 1, 2], 3, 3, [4, 5, 6], [4, 5, 6], 7, 7]
+    dtypes = {t["name"]: t["dtype"] for s in manifest["signatures"].values() for t in (*s["inputs"], *s["outputs"])}
+    assert {name for name, dtype in dtypes.items() if dtype != "float16"} == {
+        "input_ids", "position_ids", "start", "valid", "image"
+    }  # fmt: skip
+    assert manifest["session_options"] == {"computeUnits": "cpuAndGPU"}
+
+
+def test_golden_manifests_know_both_statuses() -> None:
+    manifests = [contract.load(path) for path in GOLDEN]
     assert {m["status"] for m in manifests} == {"validated", "unvalidated"}

@@ -139,7 +139,7 @@ def test_one_bundle_is_reported_as_before_or_on_a_page(
     words = ["validate", str(pair[0]), *ONE, "--rung", "L2", "--report"]
     assert main([*words, str(tmp_path / "r.json")]) == 0
     report = json.loads((tmp_path / "r.json").read_text())
-    assert (set(report), list(report["rungs"])) == ({"passed", "rungs"}, ["L2"])
+    assert (set(report), list(report["rungs"])) == ({"passed", "measured", "rungs"}, ["L2"])
     assert main([*words, str(tmp_path / "r.html"), "--json"]) == 0
     assert f'<th class="n">{NAMES[0]}</th>' in (tmp_path / "r.html").read_text()
     table, as_json = capsys.readouterr().out.rstrip().rsplit("\n", 1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,17 @@ from export.quantize.recipe import Recipe, Setting, load_recipe
 from export.sizes import SIZES
 from export.spec import UsageError
 from export.validate import metrics
-from export.validate.ladder import Case, l2
+from export.validate.case import Case
+from export.validate.ladder import l2
 from runtime_tests import mil
 from runtime_tests.conftest import MemoryCheckpoint, build, climb_l1, variant
 from targets import load_target
 from targets.base import Job
 from targets.table import Table
+from targets.to_coreml import cut as cutting
 from targets.to_coreml import delta_rule
-from targets.to_coreml.cut import MAX_BYTES, cut, head_pieces, stored_bytes
+from targets.to_coreml.blob import BlobTensor
+from targets.to_coreml.cut import MAX_BYTES, common_bytes, cut, head_bytes, head_pieces, layer_bytes
 from targets.to_coreml.interpreter import Interpreter
 from targets.to_coreml.program import Package
 
@@ -70,6 +75,12 @@ def test_l1_holds_for_every_profile_and_layout_in_several_packages(
     ]
 
 
+@pytest.fixture(scope="module")
+def heads() -> MemoryCheckpoint:
+    """Four layers and a head of 400 rows, tied."""
+    return MemoryCheckpoint(variant(num_hidden_layers=4, vocab_size=400, vision={"depth": 1}))
+
+
 def case(checkpoint: MemoryCheckpoint, folder: Path, recipe: Recipe, **limits: Any) -> Case:
     _, manifest, _ = build(checkpoint, folder, recipe, NAME, lengths=(16,), **limits)
     return Case(checkpoint, checkpoint.model_config, recipe, load_target(NAME), folder, manifest, 1)
@@ -90,13 +101,17 @@ SYMMETRIC_HEAD = replace(ASYMMETRIC, roles={**ASYMMETRIC.roles, "lm_head": Setti
     [
         (load_recipe("int4", 32), True, {}),
         (load_recipe("int4", 32), True, {"palettes": True}),
+        (load_recipe("int4", 32), False, {"palettes": True, "max_head_columns": 128}),
         (load_recipe("int4", 32), False, {"palettes": True, "profile": "ane"}),
         (ASYMMETRIC, True, {}),
         (load_recipe("int8"), True, {"profile": "ane"}),
         (load_recipe("fp32"), False, {}),
         (SYMMETRIC_HEAD, False, {"max_head_columns": 128, "max_file_bytes": 400_000}),
     ],
-    ids=["int4", "palettes", "palettes-untied-ane", "asymmetric-tied", "int8-ane", "fp32-untied", "asymmetric-cut"],
+    ids=[
+        "int4", "palettes", "palettes-pieces", "palettes-untied-ane", "asymmetric-tied", "int8-ane", "fp32-untied",
+        "asymmetric-cut",
+    ],
 )
 def test_l2_every_stored_weight_equals_the_quantiser(
     recipe: Recipe, tied: bool, limits: dict[str, Any], tmp_path: Path
@@ -106,23 +121,87 @@ def test_l2_every_stored_weight_equals_the_quantiser(
     assert rung.status == "PASS", rung.series
 
 
-def test_files_have_the_size_that_they_are_cut_by(tmp_path: Path) -> None:
-    """But for names and alignment; palettes take 16 numbers a group where scales take one."""
+def weight_files(folder: Path) -> dict[str, int]:
+    """Package of the decoder -> bytes of its weight file."""
+    found = folder.glob("decoder*.mlpackage/Data/com.apple.CoreML/weights/weight.bin")
+    return {path.parents[3].name: path.stat().st_size for path in found}
+
+
+def least_limit(plan: Job) -> int:
+    """The smallest --max-file-size that is not refused, found by following what the refusals say."""
+    most = 1
+    while True:
+        try:
+            cut(replace(plan, max_file_bytes=most))
+        except UsageError as error:
+            (least,) = re.findall(r"give at least (\d+)", str(error))
+            assert int(least) > most
+            most = int(least)
+        else:
+            return most
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tied", "limits"),
+    [
+        ("int4", True, {"profile": "ane", "palettes": True, "max_head_columns": 384}),
+        ("int4", True, {"profile": "gpu", "palettes": True, "max_head_columns": 384}),
+        ("int4", False, {"profile": "ane", "palettes": True, "max_head_columns": 512, "state_layout": "stacked"}),
+        ("int4", True, {"profile": "gpu", "max_head_columns": 512, "state_layout": "explicit"}),
+        ("int4-asym", True, {"profile": "gpu", "max_head_columns": 512}),
+        ("int8", False, {"profile": "ane", "max_head_columns": 512}),
+        ("fp32", True, {"profile": "gpu", "max_head_columns": 512}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+def test_no_weight_file_is_larger_than_the_limit(
+    recipe: str, tied: bool, limits: dict[str, Any], tmp_path: Path
+) -> None:
+    """The smallest limit that is accepted, for 4 layers and a head that one package cannot hold."""
+    checkpoint = MemoryCheckpoint(variant(tied=tied, num_hidden_layers=4, vocab_size=2900, vision={"depth": 1}))
+    chosen = load_recipe(recipe, 32 if "int4" in recipe else None)
+    quantizer = Quantizer(Weights(checkpoint, checkpoint.model_config), chosen)
+    plan = Job(checkpoint.model_config, quantizer, 128, (16, 80), (), tmp_path, **limits)
+    most = least_limit(plan)
+    build(checkpoint, tmp_path, chosen, NAME, lengths=(16, 80), max_file_bytes=most, **limits)
+    files = weight_files(tmp_path)
+    assert len(files) > 2
+    # No constant is in every package, but room is left for all of them.
+    assert most - common_bytes(plan) <= max(files.values()) <= most
+
+
+@pytest.mark.parametrize("palettes", [False, True])
+def test_files_are_hardly_smaller_than_planned(palettes: bool, tmp_path: Path) -> None:
     checkpoint = MemoryCheckpoint(variant(num_hidden_layers=4, vocab_size=400))
-    sizes = []
-    for palettes in (False, True):
-        folder = tmp_path / str(palettes)
-        folder.mkdir()
-        _, _, quantizer = build(checkpoint, folder, load_recipe("int4", 32), NAME, lengths=(16,), palettes=palettes)
-        planned = stored_bytes(
-            Job(checkpoint.model_config, quantizer, 64, (16,), (), folder, palettes=palettes), "decoder."
-        )
-        written = (folder / "decoder.mlpackage/Data/com.apple.CoreML/weights/weight.bin").stat().st_size
-        assert planned <= written <= 1.2 * planned
-        sizes.append((planned, written))
-    more = sizes[1][0] - sizes[0][0]
-    assert more > 0.3 * sizes[0][0]
-    assert sizes[1][1] - sizes[0][1] == pytest.approx(more, rel=0.01)
+    limits: dict[str, Any] = {"palettes": palettes, "profile": "ane"}
+    _, _, quantizer = build(checkpoint, tmp_path, load_recipe("int4", 32), NAME, lengths=(16,), **limits)
+    plan = Job(checkpoint.model_config, quantizer, 128, (16,), (), tmp_path, **limits)
+    planned = common_bytes(plan) + head_bytes(plan, [range(400)], tied=True)
+    planned += sum(layer_bytes(plan, layer) for layer in range(4))
+    (written,) = weight_files(tmp_path).values()
+    assert 0.95 * planned <= written <= planned
+
+
+@pytest.mark.parametrize("default", [False, True])
+def test_a_package_that_was_planned_too_small_is_not_written(
+    default: bool, small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a constant had been forgotten: what is planned is compared with the limit once more, exactly."""
+    build(small, tmp_path, load_recipe("int4", 32), NAME, lengths=(16,))
+    (size,) = weight_files(tmp_path).values()
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.setattr(cutting, "common_bytes", lambda job: 0)
+    limits = {} if default else {"max_file_bytes": size - 1}
+    if default:
+        monkeypatch.setattr(cutting, "MAX_BYTES", size - 1)
+    message = (
+        rf"--max-file-size {size - 1}: the weights of decoder\.mlpackage would have {size} bytes; "
+        rf"give at least {size}, or put fewer layers into a package with --max-file-layers"
+    )
+    with pytest.raises(UsageError, match=message):
+        build(small, other, load_recipe("int4", 32), NAME, lengths=(16,), **limits)
+    assert weight_files(other) == {}
 
 
 def test_l2_notices_one_changed_byte(small: Any, tmp_path: Path) -> None:
@@ -141,6 +220,24 @@ def test_l2_notices_one_changed_byte(small: Any, tmp_path: Path) -> None:
     rung = l2(whole)
     assert rung.checks[0].value == 1
     assert rung.series["wrong"] == ["decoder.layers.0.mlp.up.weight"]
+
+
+def test_l2_notices_a_wrong_number_in_the_palette(heads: MemoryCheckpoint, tmp_path: Path) -> None:
+    """All matrices that are indices share it; the tied head is none of them."""
+    whole = case(heads, tmp_path, load_recipe("int4", 32), palettes=True)
+    operations = Package(tmp_path / "decoder.mlpackage").function("decode").operations
+    luts = [o.inputs["lut"][0] for o in operations if o.type == "constexpr_lut_to_dense"]
+    lut = luts[0]
+    assert isinstance(lut, BlobTensor) and lut.shape == (1, 1, 16, 1)
+    assert {one.key for one in luts if isinstance(one, BlobTensor)} == {lut.key}
+    np.testing.assert_array_equal(lut.array().reshape(-1), np.arange(-8, 8))
+    with open(lut.file, "r+b") as out:
+        out.seek(lut.offset + 64 + 2 * 11)  # behind the record
+        out.write(np.float16(4).tobytes())  # where 3 belongs
+    wrong = l2(whole).series["wrong"]
+    parameters = Weights(heads, heads.model_config).parameters
+    quantised = {n for n, p in parameters.items() if p.role in ("decoder", "linear_attention")}
+    assert set(wrong) == quantised
 
 
 def test_a_tied_embedding_is_read_from_the_pieces_of_the_head(tmp_path: Path) -> None:
@@ -174,30 +271,54 @@ def test_real_sizes_are_cut_within_the_limits(size: str, recipe: str, packages: 
     assert [row for piece in pieces for row in (piece.start, piece.stop)][1:-1:2] == [p.start for p in pieces[1:]]
     assert pieces[0].start == 0 and pieces[-1].stop == 248_320
     assert max(map(len, pieces)) < 65_536
-    row = stored_bytes(plan, "decoder.head.weight") / 248_320
     for part in parts:
-        size_bytes = sum(stored_bytes(plan, f"decoder.layers.{layer}.") for layer in part.layers)
-        assert size_bytes + row * sum(map(len, part.head)) <= MAX_BYTES
+        size_bytes = common_bytes(plan) + sum(layer_bytes(plan, layer) for layer in part.layers)
+        assert size_bytes + (head_bytes(plan, list(part.head), tied=part.tied) if part.head else 0) <= MAX_BYTES
 
 
 def test_limits_that_cannot_hold_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--max-file-size 1000000: layer 0 alone has \d+ bytes and is not cut"):
+    with pytest.raises(UsageError, match=r"--max-file-size 1000000: layer 0 alone has \d+ bytes, \d+ .* is not cut"):
         cut(job("2b", tmp_path, max_file_bytes=1_000_000))
     with pytest.raises(UsageError, match="--max-head-columns 100: a piece of the head has a multiple of 128 columns"):
         head_pieces(400, 100)
 
 
-def test_a_package_opens_in_coremltools_and_says_what_everything_is(small: Any, tmp_path: Path) -> None:
+ORIGIN: dict[str, Any] = {"license": "apache-2.0", "source": {"kind": "hub", "id": "Qwen/Q", "revision": "1a2b"}}
+PIECES = {"max_file_layers": 2, "max_head_columns": 128}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "limits", "packages"),
+    [
+        (load_recipe("int4", 32), {}, 2),
+        (load_recipe("int8"), {"profile": "ane", **PIECES}, 3),
+        (load_recipe("int4", 32), {"state_layout": "stacked", **PIECES}, 3),
+        (load_recipe("int4", 32), {"profile": "ane", "state_layout": "explicit"}, 2),
+        (load_recipe("int4", 32), {"palettes": True, **PIECES}, 3),
+        (load_recipe("int4", 32), {"palettes": True, "profile": "ane"}, 2),
+        (ASYMMETRIC, {"state_layout": "explicit", **PIECES}, 3),
+        (Recipe.unquantised(), {}, 2),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None,
+)
+def test_packages_open_in_coremltools_and_say_what_everything_is(
+    recipe: Recipe, limits: dict[str, Any], packages: int, heads: MemoryCheckpoint, tmp_path: Path
+) -> None:
     from coremltools.converters.mil.frontend.milproto.load import load
 
-    build(small, tmp_path, load_recipe("int4", 32), NAME, lengths=(16,))
-    for file in ("decoder", "vision"):
-        model = mil.ct.models.MLModel(str(tmp_path / f"{file}.mlpackage"), skip_model_load=True)
+    build(heads, tmp_path, recipe, NAME, lengths=(16,), **limits, **ORIGIN)
+    found = sorted(tmp_path.glob("*.mlpackage"))
+    assert len(found) == packages
+    for path in found:
+        model = mil.ct.models.MLModel(str(path), skip_model_load=True)
         spec = model.get_spec()
         load(spec, spec.specificationVersion, model.weights_dir).validate()  # type inference of every operation
         about = spec.description
         assert spec.specificationVersion == 9
-        assert about.metadata.author.startswith("qwen35-mobile") and about.metadata.versionString == "int4-g32"
+        assert about.metadata.author == "Qwen/Q at 1a2b, converted by qwen35-mobile"
+        assert about.metadata.license == "apache-2.0"
+        assert about.metadata.versionString == f"{version('qwen35-mobile')} {recipe.name}"
+        assert re.match(r"Qwen3\.5, (decoder|vision), from Qwen/Q at 1a2b; the", about.metadata.shortDescription)
         for function in about.functions:
             assert about.metadata.userDefined[f"function {function.name}"]
             for feature in (*function.input, *function.output, *function.state):

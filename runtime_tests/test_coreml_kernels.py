@@ -133,6 +133,7 @@ CASES: dict[str, Op] = {
         ("silu", lambda x: x / (1 + np.exp(-x))), ("erf", lambda x: t(torch.erf, x)),
         ("softplus", lambda x: np.logaddexp(x, 0)),
     )},
+    "sign_nan": unary("sign", np.sign, np.array([np.nan, -1.5, -0.0, 0.0, np.inf], np.float16)),
     "sqrt": unary("sqrt", np.sqrt, half(9).__abs__()),
     "log": unary("log", lambda x: np.log(x + np.float16(0.01)), half(9).__abs__(), epsilon=np.float16(0.01)),
     "log_float": unary("log", lambda x: np.log(x + 1e-45), half(9).__abs__().astype(np.float32)),

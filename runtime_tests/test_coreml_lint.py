@@ -38,6 +38,7 @@ from targets.to_coreml.program import Package
 FILE = "wrong.mlpackage"
 HALF, WHOLE = "float16", "int32"
 LENGTHS = (16,)
+LICENCE: dict[str, Any] = {"license": "apache-2.0"}
 
 Body = Callable[..., Any]
 Damage = Callable[[Path, dict[str, Any]], None]
@@ -85,7 +86,8 @@ def ours(
     """Profile, folder and manifest of a lowered int8 model."""
     folder = tmp_path_factory.mktemp(request.param)
     recipe = load_recipe("int8", None)
-    _, manifest, _ = build(checkpoint, folder, recipe, "coreml", profile=request.param, lengths=LENGTHS)
+    _, manifest, _ = build(checkpoint, folder, recipe, "coreml", profile=request.param, lengths=LENGTHS, **LICENCE)
+    manifest["model"] = LICENCE
     return request.param, folder, manifest
 
 
@@ -162,8 +164,9 @@ def scales(groups: int, value: float = 0.5) -> Any:
     return np.full((16, groups), value, np.float16)
 
 
-def palette() -> Any:
-    lut = np.linspace(-1, 1, 16, dtype=np.float16).reshape(1, 1, 16, 1)
+def palette(groups: int = 1) -> Any:
+    """One of 16 numbers for each group of inputs."""
+    lut = np.linspace(-1, 1, 16, dtype=np.float16).reshape(1, 1, 16, 1).repeat(groups, axis=1)
     return mb.constexpr_lut_to_dense(indices=codes(dtype="uint4"), lut=lut)
 
 
@@ -262,7 +265,7 @@ PROGRAMS: dict[str, Program] = {
         read_all, {"x": ((1, 3, 256), HALF)}, {"s": (1, 3, 256)},
     ),
     "state-count": Program(
-        r"has 3 states; more than 2 failed on an iPhone: try it on the device, and --state-layout",
+        r"has 3 states; one package with 3 failed .*: call it once on the device; .* --max-file-layers 1 leaves 2",
         read_all, {"x": (STATE, HALF)}, {"s": STATE, "t": STATE, "u": STATE},
     ),
     "state-writes": Program(
@@ -327,7 +330,7 @@ PROGRAMS: dict[str, Program] = {
         lambda x: mb.linear(x=x, weight=np.ones((16, 64), np.float16)), ROW,
     ),
     "ane-attention": Program(
-        r"1 scaled_dot_product_attention whose masks the Neural Engine may ignore: lower them to products",
+        r"1 scaled_dot_product_attention which the Neural Engine of iOS 26 computes wrongly, .* with --profile ane",
         lambda x: mb.scaled_dot_product_attention(query=x, key=x, value=x), {"x": ((1, 2, 32, 32), HALF)},
     ),
     "ane-singleton": Program(
@@ -339,8 +342,12 @@ PROGRAMS: dict[str, Program] = {
         lambda x: mb.conv(x=x, weight=np.ones((8, 3, 16, 16), np.float16), strides=[16, 16], pad_type="valid"), IMAGE,
     ),
     "ane-blockwise": Program(
-        r"several scales per output channel in 1 weights, where the Neural Engine takes one: choose recipe int8",
+        r"several scales or palettes per output channel in 1 weights; .* run on the CPU .*: export with --recipe int8",
         lambda x: blockwise(x, scales(2)), ROW,
+    ),
+    "ane-blockwise-palettes": Program(
+        r"several scales or palettes per output channel in 1 weights; .* run on the CPU .*: export with --recipe int8",
+        lambda x: mb.linear(x=x, weight=palette(2)), ROW,
     ),
     "ane-softplus": Program(
         r"1 softplus, which gives 0 for inputs above 10.4 on the Neural Engine: lower it to max\(x, 0\) \+ log",
@@ -414,6 +421,24 @@ def test_a_right_program_breaks_nothing_but_its_descriptions(tmp_path: Path) -> 
     assert {found.rule for found in lint_bundle(tmp_path, manifest)} == {"described"}
 
 
+def test_one_layer_a_package_leaves_two_states(checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
+    """As the remedy of `state-count` says."""
+    recipe = load_recipe("int8", None)
+    _, manifest, _ = build(checkpoint, tmp_path, recipe, "coreml", profile="ane", lengths=LENGTHS, max_file_layers=1)
+    assert not broken(lint_bundle(tmp_path, manifest), "state-count")
+
+
+def test_palettes_on_the_neural_engine_are_warned_of(checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
+    """They are grouped along the inputs as int4 is; on the GPU neither is held against them."""
+    for profile, rules in (("ane", {"ane-blockwise", "palette-stateful"}), ("gpu", set())):
+        (tmp_path / profile).mkdir()
+        limits: dict[str, Any] = {"palettes": True, "profile": profile, "lengths": LENGTHS}
+        _, manifest, _ = build(checkpoint, tmp_path / profile, load_recipe("int4", 32), "coreml", **limits)
+        findings = lint_bundle(tmp_path / profile, manifest)
+        assert {found.rule for found in findings} - WARNINGS[profile] == rules
+        assert not [found for found in findings if found.severity == "error"]
+
+
 def test_functions_must_declare_the_same_states(tmp_path: Path) -> None:
     one = function(read_all, {"x": (STATE, HALF)}, {"s": STATE})
     two = function(read_all, {"x": ((1, 2, 1, 64), HALF)}, {"s": (1, 2, 1, 64)})
@@ -444,6 +469,11 @@ def edited_spec(edit: Callable[[Any], None]) -> Damage:
 
 def first_entry(content: Any) -> Any:
     return next(iter(content["itemInfoEntries"].values()))
+
+
+def as_list(content: Any) -> None:
+    root = content["itemInfoEntries"][content["rootModelIdentifier"]]
+    content.update(itemInfoEntries=[root], rootModelIdentifier=0)
 
 
 def without_weights(content: Any) -> None:
@@ -505,6 +535,18 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
         edited_manifest(lambda content: content["itemInfoEntries"].update(
             x={"author": "a", "description": "d", "name": "n", "path": "com.apple.CoreML/gone"})),
     ),
+    "package-manifest-number": (
+        r"entry 'model.mlmodel' has no author; Core ML wants author",
+        edited_manifest(lambda content: first_entry(content).update(author=5)),
+    ),
+    "package-manifest-outside": (
+        r"names '../../secret', which lies outside the package: do not use the package",
+        edited_manifest(lambda content: content["itemInfoEntries"].update(
+            x={"author": "a", "description": "d", "name": "n", "path": "../../secret"})),
+    ),
+    "readable-entries": (
+        r"itemInfoEntries must be an object with texts as paths, .*; copy the package again", edited_manifest(as_list)
+    ),
     "weights-limit": (
         r"weight.bin: has 2147483648 bytes, more than 2147483647: cut the decoder with --max-file-size", grown(1 << 31)
     ),
@@ -525,6 +567,17 @@ DAMAGES: dict[str, tuple[str, Damage]] = {
     "described": (
         r"has no license; a package says what it is, whose, and under which licence: add it",
         edited_spec(lambda spec: spec.description.metadata.ClearField("license")),
+    ),
+    "described-license": (
+        r"has the licence 'see the README', model.license of the manifest is 'apache-2.0': export again",
+        edited_spec(lambda spec: setattr(spec.description.metadata, "license", "see the README")),
+    ),
+    "described-license-blank": (
+        r"has no license; .*: add it", edited_spec(lambda spec: setattr(spec.description.metadata, "license", " "))
+    ),
+    "described-version": (
+        r"has the versionString 'int8', which begins with no version: export again",
+        edited_spec(lambda spec: setattr(spec.description.metadata, "versionString", "int8")),
     ),
     "described-function": (
         r"has no text `function decode` in the package's metadata: add it",
@@ -554,7 +607,8 @@ def decoder(checkpoint: MemoryCheckpoint, tmp_path_factory: pytest.TempPathFacto
     """Folder and manifest of a small model for the Neural Engine without its vision encoder."""
     folder = tmp_path_factory.mktemp("decoder")
     recipe = load_recipe("int8", None)
-    _, manifest, _ = build(checkpoint, folder, recipe, "coreml", profile="ane", lengths=LENGTHS)
+    _, manifest, _ = build(checkpoint, folder, recipe, "coreml", profile="ane", lengths=LENGTHS, **LICENCE)
+    manifest["model"] = LICENCE
     manifest["signatures"] = {k: v for k, v in manifest["signatures"].items() if not k.startswith("vision")}
     shutil.rmtree(folder / "vision.mlpackage")
     return folder, manifest

@@ -216,6 +216,36 @@ def outside_manifest(path: Path) -> None:
     (path / "Manifest.json").write_text(json.dumps(manifest))
 
 
+def edit_manifest(path: Path, **changes: Any) -> None:
+    manifest = json.loads((path / "Manifest.json").read_text())
+    (path / "Manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+def root_path(value: Any) -> Callable[[Path], None]:
+    """Another path of the root model."""
+    return lambda path: edit_manifest(path, itemInfoEntries={"x": {"path": value}}, rootModelIdentifier="x")
+
+
+def listed_entries(path: Path) -> None:
+    edit_manifest(path, itemInfoEntries=[{"path": "com.apple.CoreML/model.mlmodel"}], rootModelIdentifier=0)
+
+
+def no_entry(path: Path) -> None:
+    edit_manifest(path, itemInfoEntries=[], rootModelIdentifier=0)
+
+
+def binary_manifest(path: Path) -> None:
+    (path / "Manifest.json").write_bytes(b"\xff\xfe")
+
+
+def deep_manifest(path: Path) -> None:
+    (path / "Manifest.json").write_text("[" * 100_000)
+
+
+def null_weights(path: Path) -> None:
+    respec(path, lambda spec: setattr(blob(spec).blobFileValue, "fileName", "@model_path/weights/\0"))
+
+
 def cut_model(path: Path) -> None:
     content = (path / MODEL).read_bytes()
     (path / MODEL).write_bytes(content[: len(content) // 2])
@@ -355,6 +385,15 @@ def described_image(path: Path) -> None:
         (no_manifest, r"copy\.mlpackage is no \.mlpackage: it has no Manifest\.json; copy the package again"),
         (strange_manifest, r"Manifest\.json names no root model \(KeyError\('itemInfoEntries'\)\); copy the package"),
         (outside_manifest, r"Manifest\.json of copy\.mlpackage names '\.\./\.\./model\.mlmodel', which lies outside"),
+        (root_path(5), r"Manifest\.json is no manifest of a package: .* the root model's path is 5; copy the package"),
+        (root_path(None), r"Manifest\.json is no manifest of a package: .* the root model's path is None; copy the"),
+        (root_path("a\0"), r"Manifest\.json of copy\.mlpackage names 'a\\x00', which is no path \(.*null byte\); copy"),
+        (root_path("a" * 300), r"names 'a+', which is no path \(.*File name too long.*\); copy the package again"),
+        (listed_entries, r"Manifest\.json is no manifest of a package: itemInfoEntries must be an object"),
+        (no_entry, r"Manifest\.json names no root model \(IndexError.*\); copy the package again"),
+        (binary_manifest, r"Manifest\.json names no root model \(UnicodeDecodeError.*\); copy the package again"),
+        (deep_manifest, r"Manifest\.json names no root model \(RecursionError.*\); copy the package again"),
+        (null_weights, r"names 'com\.apple\.CoreML/weights/\\x00', which is no path \(.*null byte\); copy the package"),
         (cut_model, r"model\.mlmodel is damaged or cut short \(.*\); copy the package again"),
         (no_model, r"Manifest\.json of copy\.mlpackage names 'com\.apple\.CoreML/model\.mlmodel', which is missing"),
         (other_model, r"copy\.mlpackage holds a model of type pipeline, not an mlProgram; export it again"),

@@ -11,7 +11,7 @@ import pytest
 
 from export.bundle.manifest import BundleError
 from export.quantize.recipe import Recipe
-from export.validate.ladder import replay
+from export.validate.replay import replay
 from runtime_tests.conftest import build
 from targets.contract import CallError
 from targets.to_coreml.session import CoreMLSession

@@ -15,7 +15,9 @@ import torch
 from export.chat.conversation import Contract, Conversation
 from export.quantize.recipe import Recipe, load_recipe
 from export.spec import ExportError, UsageError
-from export.validate.ladder import Case, climb, file_layers, l2
+from export.validate.case import Case
+from export.validate.ladder import climb, l2
+from export.validate.lowered import file_layers
 from runtime_tests.conftest import VARIANTS, MemoryCheckpoint, build, climb_l1, variant
 from targets import load_target
 from targets.to_executorch import lower, operators, runtime

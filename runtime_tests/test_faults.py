@@ -18,7 +18,8 @@ from onnx import helper
 from export.checkpoint import weights as weights_module
 from export.checkpoint.weights import Weights
 from export.quantize.recipe import load_recipe
-from export.validate.ladder import Case, Rung, l2
+from export.validate.case import Case, Rung
+from export.validate.ladder import l2
 from runtime_tests.conftest import MemoryCheckpoint, build, climb_l1, variant
 from runtime_tests.faults import Patch, Patcher
 from targets import load_target

@@ -24,8 +24,11 @@ from export.model import trace
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
 from export.validate import metrics, reference
-from export.validate.ladder import Case, RoundedWeights, Rung, compare_lowered, l2, l3, make_plan, replay
+from export.validate.case import Case, Rung, make_plan
+from export.validate.ladder import l2, l3
+from export.validate.lowered import RoundedWeights, compare_lowered
 from export.validate.probe import make_probe
+from export.validate.replay import replay
 from runtime_tests import test_faults_host
 from runtime_tests.conftest import SIZES, MemoryCheckpoint, variant
 from runtime_tests.faults import Patch, host, replaced

@@ -20,7 +20,8 @@ from executorch.exir._serialize import _dataclass
 from export.checkpoint import weights as weights_module
 from export.model import trace
 from export.quantize.recipe import Recipe, load_recipe
-from export.validate.ladder import Case, Rung, l2, l3
+from export.validate.case import Case, Rung
+from export.validate.ladder import l2, l3
 from runtime_tests import test_faults, test_faults_host
 from runtime_tests.conftest import MemoryCheckpoint, build, climb_l1, variant
 from runtime_tests.faults import Emitters, Patch, Patcher, both, first_answer, host, replaced, zeroed

@@ -11,7 +11,8 @@ import torch
 
 from export.model import decoder, operators
 from export.quantize.recipe import Recipe
-from export.validate.ladder import Case, Rung, l0, l3
+from export.validate.case import Case, Rung
+from export.validate.ladder import l0, l3
 from runtime_tests.conftest import MemoryCheckpoint, build, variant
 from runtime_tests.faults import Patch, Patcher, host, zeroed
 from targets import load_target

@@ -13,7 +13,8 @@ import pytest
 from export.bundle.manifest import BundleError
 from export.checkpoint.weights import Weights
 from export.quantize.recipe import Recipe, load_recipe
-from export.validate.ladder import Case, l2
+from export.validate.case import Case
+from export.validate.ladder import l2
 from runtime_tests.conftest import VARIANTS, MemoryCheckpoint, build, climb_l1, variant
 from targets import load_target
 

@@ -11,8 +11,9 @@ import torch
 from export.checkpoint.weights import Weights
 from export.model.positions import PositionCounter, PromptError, splice
 from export.validate import metrics, reference
-from export.validate.ladder import make_plan, state_errors
+from export.validate.case import make_plan
 from export.validate.probe import make_probe
+from export.validate.replay import state_errors
 
 LIMIT = 2e-5
 SIZES = ((64, 96), (96, 64))

@@ -15,7 +15,8 @@ from export.bundle.reader import Bundle
 from export.chat.conversation import Contract, Conversation
 from export.chat.template import load_tokenizer, render
 from export.quantize.recipe import Recipe, load_recipe
-from export.validate.ladder import Case, l2, l3
+from export.validate.case import Case
+from export.validate.ladder import l2, l3
 from runtime_tests.conftest import MemoryCheckpoint, build, variant
 from targets import load_target
 from targets.to_executorch import operators, runtime, text_runner

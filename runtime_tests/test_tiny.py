@@ -18,7 +18,7 @@ from export.checkpoint.weights import Weights
 from export.model.positions import PositionCounter
 from export.model.session import Model, TorchSession
 from export.validate import task
-from export.validate.ladder import generator
+from export.validate.answers import generator
 
 TINY = Path(__file__).parents[1] / "checkpoints" / "tiny"
 CONTEXT, LENGTHS = 384, (64,)

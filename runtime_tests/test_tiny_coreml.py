@@ -21,8 +21,8 @@ from export.checkpoint.weights import Weights
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import load_recipe
 from export.validate import metrics, reference, task
-from export.validate.ladder import replay
 from export.validate.probe import make_probe
+from export.validate.replay import replay
 from targets import load_target
 from targets.base import Job
 

@@ -129,6 +129,10 @@ class Job:
     """Run what was written once in a process of its own, where a runtime could crash."""
     stop_token_ids: tuple[int, ...] = ()
     """For runtimes with a config of their own that names them."""
+    license: str = "unknown"
+    """Of the model, as the manifest says; for files that carry it themselves."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """Where the weights come from, as the manifest says: kind, id, revision."""
     resume: bool = False
     advance: Callable[[int], None] = lambda count: None
     """Called with the number of weights just written, for a progress bar."""
@@ -264,10 +268,16 @@ class Target(Protocol):
         """The same, but with every activation and state in float32, whatever the files say."""
         ...
 
+    def open_stressed(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> Session | None:
+        """The same, but with sums rounded to float16 as they grow; None where the runtime is not emulated."""
+        ...
+
     def stored_weights(
         self, folder: Path, manifest: Mapping[str, Any], quantizer: Quantizer
     ) -> Iterator[tuple[str, Rows]]:
-        """Every weight of the finished files, dequantised as the runtime will: the input of L2."""
+        """Every weight of the finished files, dequantised in float32: the input of L2. A runtime that keeps weights as
+        float16 rounds each once more; see the target's own `stored` for which that concerns.
+        """
         ...
 
     def operator_times(

@@ -32,13 +32,23 @@ Read `manifest.json` to find out what is inside; it is the contract of this fold
 {% if report -%}
 ## Checks
 
-| rung | check | value | gate | status |
-|---|---|---|---|---|
+| rung | check | value | gate | status | source |
+|---|---|---|---|---|---|
 {% for name, rung in report.rungs.items() -%}
+{% set from = source(report, name) or "–" -%}
 {% for c in rung.checks -%}
-| {{ name }} | {{ c.name }} | {{ number(c.value) }} | {{ gate(c) }} | {{ c.status }} |
+| {{ name }} | {{ c.name }} | {{ number(c.value) }} | {{ gate(c) }} | {{ c.status }} | {{ from }} |
 {% endfor -%}
 {% endfor %}
+{% if source(report, "L3") == "emulated" -%}
+Emulated numbers come from a program that imitates {{ m.target.runtime }} on the host: they are never those of a device.
+
+{% endif -%}
+{% for name, rung in report.rungs.items() -%}
+{% for note in rung.get("notes", []) -%}
+- {{ note }}
+{% endfor -%}
+{% endfor -%}
 {% if report.latency is defined %}
 {{ "Measured" if report.latency.bundle.decode.source == "host" else "Emulated" }} on the host that built it, \
 {{ report.latency.bundle.decode.threads }} threads: prefill \
@@ -61,8 +71,15 @@ def gate(check: dict[str, Any]) -> str:
     return f"{'≥' if check['at_least'] else '≤'} {check['limit']:g}"
 
 
+def source(report: dict[str, Any], rung: str) -> str:
+    """Where the numbers of a rung that runs the bundle come from, host or emulated; "unknown" in reports that do not
+    say so; empty for the other rungs, whose numbers no runtime changes.
+    """
+    return str(report.get("measured", "unknown")) if rung in ("L1", "L3") else ""
+
+
 def render(manifest: dict[str, Any], report: dict[str, Any] | None, loading: str) -> str:
     """Markdown of the card; deterministic but for measured numbers. `loading` is the target's."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
     values = {"m": manifest, "report": report, "loading": loading}
-    return environment.from_string(TEMPLATE).render(number=number, gate=gate, **values)
+    return environment.from_string(TEMPLATE).render(number=number, gate=gate, source=source, **values)

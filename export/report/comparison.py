@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from export.report import page
-from export.report.card import gate, number
+from export.report.card import gate, number, source
 
 NONE = "–"
 
@@ -77,14 +77,19 @@ def facts(columns: Sequence[Column]) -> list[Row]:
 
 
 def checks(columns: Sequence[Column]) -> dict[str, list[Row]]:
-    """For every rung that any bundle climbed, its checks in the order of the ladder."""
+    """For every rung that any bundle climbed, its checks in the order of the ladder; where a bundle was run, first
+    where its numbers come from: host or emulated.
+    """
     found: dict[str, list[Row]] = {}
     for rung in sorted({name for c in columns for name in c.report["rungs"]}):
         # The union, in order: a bundle without pictures has no L1.vision, another has.
         names = dict.fromkeys(
             check["name"] for c in columns for check in c.report["rungs"].get(rung, {"checks": []})["checks"]
         )
-        found[rung] = [Row(name, tuple(_check(c.check(rung, name)) for c in columns)) for name in names]
+        rows = [Row(name, tuple(_check(c.check(rung, name)) for c in columns)) for name in names]
+        if any(source(c.report, rung) for c in columns):
+            rows.insert(0, Row(f"{rung} source", tuple(Cell(_origin(c, rung)) for c in columns)))
+        found[rung] = rows
     return found
 
 
@@ -97,6 +102,7 @@ def speeds(columns: Sequence[Column]) -> list[Row]:
         return lambda column: NONE if column.latency is None else show(column.latency)
 
     return [
+        _row("speed source", columns, measured(lambda e: str(e["decode"]["source"]))),
         _row("prefill, tokens/s", columns, measured(lambda e: page.speed(e["prefill"]["tokens_per_s_median"]))),
         _row("decode, tokens/s", columns, measured(lambda e: page.speed(e["decode"]["tokens_per_s_median"]))),
         _row("bytes a token reads", columns, measured(lambda e: f"{e['decode_bytes']:,}")),
@@ -111,6 +117,10 @@ def _row(label: str, columns: Sequence[Column], show: Callable[[Column], str]) -
 
 def _verdict(passed: bool) -> Cell:
     return Cell("passed", "PASS") if passed else Cell("rejected", "FAIL")
+
+
+def _origin(column: Column, rung: str) -> str:
+    return source(column.report, rung) if rung in column.report["rungs"] else NONE
 
 
 def _check(check: dict[str, Any] | None) -> Cell:

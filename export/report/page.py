@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template, select_autoescape
 
-from export.report.card import gate, number
+from export.report.card import gate, number, source
 
 STYLE = """
  body { font: 15px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }
@@ -31,13 +31,15 @@ PAGE = """<!doctype html>
  Verdict: <span class="{{ 'PASS' if r.passed else 'FAIL' }}">
  {{ 'every gate passed' if r.passed else 'rejected' }}</span></p>
 {% for name, rung in r.rungs.items() %}
-<h2>{{ name }} <span class="{{ rung.status }}">{{ rung.status }}</span></h2>
-<p class="sub">{{ meaning[name] }}</p>
+<h2>{{ name }} <span class="{{ rung.status }}">{{ rung.status }}</span>
+{%- if source(r, name) %} <span class="sub">{{ source(r, name) }}</span>{% endif %}</h2>
+<p class="sub">{{ meaning[name] }}{% if source(r, name) %} {{ origin[source(r, name)] }}{% endif %}</p>
 <table><tr><th>check</th><th class="n">value</th><th>gate</th><th>status</th><th>why this gate</th></tr>
 {% for c in rung.checks %}<tr><td>{{ c.name }}</td><td class="n">{{ number(c.value) }}</td>
 <td class="g">{{ gate(c) }}</td><td class="{{ c.status }}">{{ c.status }}</td>
 <td class="reason">{{ c.reason }}</td></tr>{% endfor %}</table>
-{% endfor %}
+{% for note in rung.get("notes", []) %}<p class="sub">{{ note }}</p>
+{% endfor %}{% endfor %}
 {% if r.lint %}<h2>Linter</h2>
 <p class="sub">What devices are known to object to; none of it stopped the build.</p>
 <table><tr><th>rule</th><th class="n">findings</th><th>first</th><th>what</th><th>source</th></tr>
@@ -63,10 +65,16 @@ PAGE = """<!doctype html>
 
 MEANING = {
     "L0": "Our modules in PyTorch fp32 against transformers fp32.",
-    "L1": "The lowered program without quantisation, on its runtime, against our modules.",
+    "L1": "The lowered program without quantisation against our modules.",
     "L2": "The weights stored in the artifact against the quantiser, bit for bit.",
-    "L3": "The shipped artifact on its runtime against transformers fp32.",
+    "L3": "The shipped artifact against transformers fp32.",
 }
+ORIGIN = {
+    "host": "Numbers of the runtime itself, on the host.",
+    "emulated": "Emulated numbers: a program on the host imitates the runtime. They are never those of a device.",
+    "unknown": "The report does not say whether the runtime itself or an emulation gave the numbers.",
+}
+"""By `export.report.card.source`."""
 
 
 def render(manifest: dict[str, Any], report: dict[str, Any]) -> str:
@@ -77,7 +85,9 @@ def render(manifest: dict[str, Any], report: dict[str, Any]) -> str:
         number=number,
         speed=speed,
         gate=gate,
+        source=source,
         meaning=MEANING,
+        origin=ORIGIN,
         plots=plots(report),
         bars=_speeds(report["latency"]) if "latency" in report else "",
     )
@@ -108,7 +118,8 @@ def plots(report: dict[str, Any]) -> list[tuple[str, str]]:
         layouts = rungs["L3"]["series"].get("drift_kl_by_layout", {})
         kept = {"bundle": rungs["L3"]["series"]["drift_kl"], **{f"{name} states": kl for name, kl in layouts.items()}}
         curves = {name: (range(len(kl)), kl) for name, kl in kept.items()}
-        found.append(("KL over decode steps: drift (nats)", lines(curves)))
+        steps = max(len(kl) for kl in kept.values())
+        found.append((f"KL over {steps:,} decode steps: drift (nats)", lines(curves)))
     return found
 
 

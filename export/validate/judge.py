@@ -18,9 +18,10 @@ from export.quantize.recipe import Recipe
 from export.sizes import SHIPPED, TINY
 from export.spec import UsageError
 from export.validate import latency, task
-from export.validate.ladder import RUNGS, Case, climb
+from export.validate.case import Case
+from export.validate.ladder import RUNGS, climb
 from export.validate.probe import image_tokens
-from targets.base import Target
+from targets.base import Target, grouped, refuse
 
 PROBE_TEXT = {TINY: 160}
 """Tokens of text in the probe, beside its two pictures; 64 for the other sizes, whose reference takes longer."""
@@ -51,10 +52,29 @@ def judge(
     stage: Callable[..., Any],
     rungs: tuple[str, ...] = RUNGS,
     with_latency: bool = True,
+    drift_steps: int | None = None,
 ) -> dict[str, Any]:
-    """Run the rungs on a bundle folder and measure it; returns the content of parity.json and latency.json."""
+    """Run the linter and the rungs on a bundle folder and measure it.
+
+    Args:
+        rungs: the linter runs with all of them only. drift_steps: decode steps of the drift check; None: by what
+            states are kept in, and none for random weights.
+
+    Returns:
+        The content of parity.json, and under "latency" that of latency.json. "measured" says where the numbers of L1
+        and L3 come from (host or emulated); "lint" is there where the target has a linter.
+
+    Raises:
+        ExportError: the linter holds an error against the bundle.
+    """
+    findings = None
+    if set(rungs) == set(RUNGS):
+        with stage("lint"):
+            findings = lint(target, folder, manifest, activations=True)
     size = manifest["model"]["size"]
     random = manifest["model"]["source"]["kind"] == "random"
+    if drift_steps is None:
+        drift_steps = 0 if random else DRIFT_STEPS[target.capabilities.floats]
     text = PROBE_TEXT.get(size, 64)
     pictures = [image_tokens(config, h, w) + 2 for h, w in (manifest["image_sizes"] * 2)[:2]]
     case = Case(
@@ -66,7 +86,7 @@ def judge(
         manifest,
         threads,
         tokens=text + sum(pictures),
-        drift_steps=0 if random else DRIFT_STEPS[target.capabilities.floats],
+        drift_steps=drift_steps,
         gate_quality=not random,
     )
     if not random and "tokenizer.json" in manifest["tokenizer"]["files"]:
@@ -86,11 +106,32 @@ def judge(
     report: dict[str, Any] = {
         "rungs": {r.name: finite(r.as_json()) for r in results},
         "passed": all(r.status == "PASS" for r in results),
+        "measured": target.measured,
     }
+    if findings is not None:
+        report["lint"] = findings
     if with_latency:
         with stage("latency"):
             report["latency"] = measure(checkpoint, config, target, folder, manifest, threads)
     return report
+
+
+def lint(
+    target: Target, folder: Path, manifest: dict[str, Any], *, activations: bool
+) -> list[dict[str, Any]] | None:
+    """The linter's findings as a report holds them; None where the target has no linter.
+
+    Args:
+        activations: see `targets.base.Target.lint`.
+
+    Raises:
+        ExportError: one of them is an error.
+    """
+    findings = target.lint(folder, manifest, activations=activations)
+    if findings is None:
+        return None
+    refuse(findings)
+    return grouped(findings)
 
 
 def _skills(checkpoint: Checkpoint, config: ModelConfig, manifest: dict[str, Any]) -> tuple[str, ...]:

@@ -68,6 +68,13 @@ class CoreMLTarget:
 
         return CoreMLSession(folder, manifest, threads, exact=True)
 
+    def open_stressed(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> Session | None:
+        if self.measured == "host":
+            return None
+        from targets.to_coreml.session import CoreMLSession
+
+        return CoreMLSession(folder, manifest, threads, accumulate="float16")
+
     def stored_weights(
         self, folder: Path, manifest: Mapping[str, Any], quantizer: Quantizer
     ) -> Iterator[tuple[str, Rows]]:

@@ -54,6 +54,11 @@ def _floor_div(x: Tensor, y: Tensor) -> Tensor:
     return torch.div(x.float(), y.float(), rounding_mode="floor").to(x.dtype) if x.is_floating_point() else x // y
 
 
+def _sign(x: Tensor) -> Tensor:
+    """NaN stays NaN, as numpy and coremltools have it; torch makes 0 of it."""
+    return torch.where(torch.isnan(x), x, torch.sign(x)) if x.is_floating_point() else torch.sign(x)
+
+
 def _with_epsilon(function: Unary, default: float) -> Builder:
     """function(x + epsilon). The default is rounded to the dtype of x: below float16's range it is zero."""
 
@@ -125,7 +130,7 @@ KERNELS: dict[str, Builder] = {
     "greater_equal": _binary(torch.ge), "less": _binary(torch.lt), "less_equal": _binary(torch.le),
     "logical_and": _binary(torch.logical_and), "logical_or": _binary(torch.logical_or),
     "logical_xor": _binary(torch.logical_xor), "logical_not": _unary(torch.logical_not),
-    "abs": _unary(torch.abs), "sign": _unary(torch.sign), "square": _unary(torch.square),
+    "abs": _unary(torch.abs), "sign": _unary(_sign), "square": _unary(torch.square),
     "floor": _unary(torch.floor), "ceil": _unary(torch.ceil), "round": _unary(torch.round),
     "exp": _unary(torch.exp), "exp2": _unary(torch.exp2), "tanh": _unary(torch.tanh), "cos": _unary(torch.cos),
     "sin": _unary(_through_float(torch.sin)), "erf": _unary(_through_float(torch.erf)),

@@ -5,8 +5,9 @@ Torch-free.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from targets.to_coreml.lint_view import Hit, Subject, some
@@ -55,7 +56,7 @@ def _size(rule: str, name: str, size: int, limit: int, remedy: str) -> Hit:
 
 
 def manifest_json(subject: Subject) -> Iterator[Hit]:
-    """The package's own Manifest.json; that it names the program is checked by the reader."""
+    """The package's own Manifest.json; that it is an object which names the program is checked by the reader."""
     path = subject.package.path / "Manifest.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     if content.get("fileFormatVersion") != FILE_FORMAT:
@@ -65,13 +66,17 @@ def manifest_json(subject: Subject) -> Iterator[Hit]:
     named = []
     for entry in content["itemInfoEntries"].values():
         entry = entry if isinstance(entry, dict) else {}
-        missing = [key for key in ENTRY if not entry.get(key)]
+        missing = [key for key in ENTRY if not isinstance(entry.get(key), str) or not entry[key]]
         if missing:
             text = f"entry {entry.get('name')!r} has no {some(missing)}; Core ML wants {', '.join(ENTRY)}: write them"
             yield Hit("package-manifest", path.name, text)
             continue
         named.append(entry["path"])
-        if not (subject.package.path / "Data" / entry["path"]).exists():
+        place = PurePosixPath(entry["path"])
+        if place.is_absolute() or ".." in place.parts:
+            text = f"names {entry['path']!r}, which lies outside the package: do not use the package"
+            yield Hit("package-manifest", path.name, text)
+        elif not (subject.package.path / "Data" / entry["path"]).exists():
             text = f"names {entry['path']!r}, which is not there: copy the package again"
             yield Hit("package-manifest", path.name, text)
     data = subject.package.path / "Data"
@@ -101,12 +106,19 @@ def deployment_target(subject: Subject) -> Iterator[Hit]:
 
 
 def described(subject: Subject) -> Iterator[Hit]:
-    """Package, functions and tensors say what they are, and whose."""
+    """Package, functions and tensors say what they are, and whose; the licence is the one that the manifest names."""
     about = subject.package.spec.description
     for field in ("shortDescription", "author", "license", "versionString"):
-        if not getattr(about.metadata, field):
+        if not getattr(about.metadata, field).strip():
             text = f"has no {field}; a package says what it is, whose, and under which licence: add it"
             yield Hit("described", "", text)
+    own, model = about.metadata.license, subject.manifest.get("model", {})
+    if own.strip() and "license" in model and own != model["license"]:
+        text = f"has the licence {own!r}, model.license of the manifest is {model['license']!r}: export again"
+        yield Hit("described", "", text)
+    if about.metadata.versionString.strip() and not re.match(r"\d+\.\d+", about.metadata.versionString):
+        text = f"has the versionString {about.metadata.versionString!r}, which begins with no version: export again"
+        yield Hit("described", "", text)
     for view in subject.views:
         name = view.function.name
         if len(subject.package.functions) > 1 and not about.metadata.userDefined.get(f"function {name}"):

@@ -132,7 +132,8 @@ def processors(subject: Subject, view: View) -> Iterator[Hit]:
         ("ane-linear", "linear", "where the Neural Engine has 1x1 convolutions: lower with --profile ane"),
         (
             "ane-attention", "scaled_dot_product_attention",
-            "whose masks the Neural Engine may ignore: lower them to products and softmax",
+            "which the Neural Engine of iOS 26 computes wrongly, and whose masks older ones may ignore: lower with "
+            "--profile ane, which makes products and a softmax of it",
         ),
     ):  # fmt: skip
         found = [o for o in running if o.type == kind]
@@ -178,7 +179,7 @@ def wrong_results(subject: Subject, view: View) -> Iterator[Hit]:
 
 def compressed_weights(subject: Subject) -> Iterator[Hit]:
     """Forms of compressed weights that the Neural Engine refuses, or crashes on; each weight once."""
-    blockwise, scaled, small = [], [], []
+    blockwise, scaled, small = list[Operation](), list[Operation](), list[Operation]()
     weights = {operation.name: (view, operation) for view in subject.views for operation in view.operations}
     for view, operation in weights.values():
         if operation.type == "constexpr_blockwise_shift_scale":
@@ -190,13 +191,16 @@ def compressed_weights(subject: Subject) -> Iterator[Hit]:
                 scaled.append(operation)
         elif operation.type == "constexpr_lut_to_dense":
             table = view.type_of(operation, "lut")
+            if table is not None and max(table.shape[1:-2], default=1) > 1:
+                blockwise.append(operation)
             if table is not None and table.shape[-2] == PALETTE_OF_4_BITS:
                 small.append(operation)
     if blockwise:
         yield Hit(
             "ane-blockwise", some([o.name for o in blockwise]),
-            f"several scales per output channel in {len(blockwise)} weights, where the Neural Engine takes one: "
-            "choose recipe int8 for this profile",
+            f"several scales or palettes per output channel in {len(blockwise)} weights; the Neural Engine takes one, "
+            "so products with these run on the CPU and the package does not do what --profile ane is for: "
+            "export with --recipe int8, or with --profile gpu",
         )  # fmt: skip
     if scaled:
         yield Hit(

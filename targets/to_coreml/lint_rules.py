@@ -15,6 +15,7 @@ PULLS = "https://github.com/apple/coremltools/pull/"
 CORE_AI = "https://github.com/apple/coreai-models/issues/"
 ANE_GUIDE = "https://ane-guide.readthedocs.io/en/latest/part-5-practice/17-model-design-rules.html"
 ANE_PRINCIPLES = "https://machinelearning.apple.com/research/neural-engine-transformers"
+EXECUTORCH = "https://github.com/pytorch/executorch/pull/"
 COREML_LLM = "https://github.com/john-rocky/CoreML-LLM/blob/main/docs/"
 LESSONS = f"{COREML_LLM}QWEN35_LESSONS.md"
 CATALOGUE = f"{COREML_LLM}MIL_OP_CATALOG.md"
@@ -87,7 +88,8 @@ RULES: dict[str, Rule] = {
     ),
     "state-count": _ane(
         "warning", f"{LESSONS} 9.1, measured; but https://github.com/Anemll/Anemll/pull/50 runs with 48 on an M1",
-        "with three states calls failed with ANEProgramProcessRequestDirect Error=(11)",
+        "with KV, conv and recurrent states in one package calls failed with ANEProgramProcessRequestDirect "
+        "Error=(11) although every operation was placed there; one and two states were stable, the GPU took three",
     ),
     "state-writes": _both("warning", FACTS, "ANEMLL's packages write each state once a call; nobody tested more"),
     "state-unused": _both("warning", CONTRACT, "it takes memory on the phone and holds nothing"),
@@ -119,16 +121,20 @@ RULES: dict[str, Rule] = {
     "ane-dynamic-slice": _ane("warning", f"{CATALOGUE} 2.9", "a slice whose place is computed goes to the CPU"),
     "ane-linear": _ane("warning", f"{ANE_PRINCIPLES}, principle 1", "its own form of a matrix is a 1x1 convolution"),
     "ane-attention": _ane(
-        "warning", "https://arxiv.org/abs/2603.06728 and https://github.com/kasper0406/stablehlo-coreml/pull/89",
-        "masks ignored, or the whole program on the CPU from the second one on",
+        "error", f"{EXECUTORCH}16144 and {EXECUTORCH}16057 (iOS 26), https://arxiv.org/abs/2603.06728 and "
+        "https://github.com/kasper0406/stablehlo-coreml/pull/89",
+        "wrong numbers on iOS 26, masks ignored, or the whole program on the CPU from the second one on; the bug is in "
+        "the Neural Engine's own implementation, so the GPU keeps the operation: computeUnits keeps it there",
     ),
     "ane-singleton": _ane(
         "warning", f"{ANE_PRINCIPLES}, principle 1", "it is padded to 64 bytes: 32 times the memory in float16"
     ),
     "ane-kernel-width": _ane("warning", ANE_GUIDE, "kernels are at most 13 wide; others are cut up or go to the CPU"),
     "ane-blockwise": _ane(
-        "warning", f"{ISSUES}2510 and {CORE_AI}279, measured on an iPhone 16 Pro Max",
-        "the compiler takes one scale per output channel; others run on the CPU, or wrongly (cosine 0.37)",
+        "warning", f"{ISSUES}2510; compare {CORE_AI}279, which measured 8 bits per block under Core AI",
+        "its compiler says: only per-cout/per-tensor quantization; the rest runs on the CPU. Under Core AI such "
+        "weights ran on it and gave a cosine of 0.37. Palettes grouped along the inputs are in no report: the same is "
+        "assumed of them, for Apple documents palettes per group of channels only",
     ),
     "ane-softplus": _ane(
         "error", f"{ISSUES}2687, measured on M4 and M5", "above 10.4 it gives 0 in silence: exp overflows inside"
@@ -137,7 +143,8 @@ RULES: dict[str, Rule] = {
         "warning", None, f"{ISSUES}2650, measured on macOS 26", "its fused attention is wrong from batch 10 on"
     ),
     "palette-scale": _ane(
-        "error", f"{PULLS}2688, measured on macOS 26", "MPSGraph rejects it while the model loads, and the app dies"
+        "error", f"{PULLS}2688, measured on macOS 26",
+        "MPSGraph rejects it while the model loads, and the app dies; CPU and GPU take it",
     ),
     "palette-stateful": _ane(
         "warning", f"{ISSUES}2716", "4-bit palettes of coremltools 9.0 beside states crash after 100 to 200 calls"

@@ -17,11 +17,12 @@ from coremltools.converters.mil.mil import Function, types
 from torch.fx import Node
 
 from export.model import trace
-from export.model.state import State, cache_rows, layout
+from export.model.state import State, layout
 from targets.base import Job, Lowered
 from targets.contract import signatures
+from targets.table import table_stage
 from targets.to_coreml import states as kept_states
-from targets.to_coreml.cut import HEAD, Part, cut
+from targets.to_coreml.cut import HEAD, Part, cut, limit, padded_rows
 from targets.to_coreml.lowering import Lowering, Storage
 from targets.to_coreml.operators import needed, walk
 from targets.to_coreml.package import INSIDE, WEIGHTS, Description, files, write_package
@@ -29,8 +30,6 @@ from targets.to_coreml.profiles import profile
 from targets.to_coreml.weights import WeightFile
 
 VISION, EMBEDDING = "vision.mlpackage", "embed.bin"
-ALIGNED_ROWS = 32
-"""Rows of a cache are a multiple of this, as the Neural Engine wants of every axis of a state."""
 FLOATS = "float16"
 """What embeddings, rows between packages and logits are."""
 TENSORS = {
@@ -52,24 +51,20 @@ def lower(job: Job) -> Lowered:
     kind = profile(job.profile)
     parts = cut(job)
     head = [piece for part in parts for piece in part.head]
-    setting = job.quantizer.setting("embedding.weight")
-    # A table has no zero points: that of an asymmetric head is a file of its own.
-    shared = job.config.text.tie_word_embeddings and (setting is None or setting.symmetric)
     stages: dict[str, list[Stage]] = {}
     described: list[dict[str, Any]] = []
     written: dict[str, str] = {}
     table: Stage | None = None
     for part in parts:
-        tied = shared and len(part.head) == len(head)
         weights = WeightFile(job.quantizer, job.advance)
-        builder = _Decoder(job, part, Storage(part.head, tied, job.palettes), weights)
+        builder = _Decoder(job, part, Storage(part.head, part.tied, job.palettes), weights)
         functions = {}
         for tokens in (1, *job.prefill_lengths):
             name, functions[name], stage = builder.function(tokens)
             stages.setdefault(name, []).append(stage)
         described += [k.as_manifest() for k in builder.kept]
-        written |= _write(job, part.file, "decoder", functions, weights, builder.tensors)
-        if tied:
+        written |= _write(job, part.file, "decoder", functions, weights, builder.tensors, limit(job))
+        if part.tied:
             table = _table(job, f"{part.file}/{INSIDE}/{WEIGHTS}", weights)
     if table is None:
         table = _write_table(job)
@@ -85,24 +80,35 @@ def lower(job: Job) -> Lowered:
 
 
 def _write(
-    job: Job, name: str, role: str, functions: Mapping[str, Any], weights: WeightFile, tensors: Mapping[str, str]
+    job: Job,
+    name: str,
+    role: str,
+    functions: Mapping[str, Any],
+    weights: WeightFile,
+    tensors: Mapping[str, str],
+    most: int | None = None,
 ) -> dict[str, str]:
     """Write a package, unless a whole one is there from before; returns its files with their role."""
     path = job.folder / name
     if not (job.resume and (path / "Manifest.json").exists()):
-        text = f"Qwen3.5, {role}, one package of a bundle whose manifest.json says how to call it."
         said = Description(
-            text,
-            f"qwen35-mobile {version('qwen35-mobile')}",
-            "see the bundle's README.md",
-            job.quantizer.recipe.name,
+            f"Qwen3.5, {role}, from {source_of(job)}; the manifest.json of its bundle says how to call it.",
+            f"{source_of(job)}, converted by qwen35-mobile",
+            job.license,
+            f"{version('qwen35-mobile')} {job.quantizer.recipe.name}",
             {function: purpose(function) for function in functions},
             tensors,
         )
-        write_package(path, functions, weights, said)
+        write_package(path, functions, weights, said, most)
     else:
         job.advance(weights.elements)
     return {str(file.relative_to(job.folder).as_posix()): role for file in files(path)}
+
+
+def source_of(job: Job) -> str:
+    """The model that is converted: "Qwen/Qwen3.5-2B at 1a2b3c"."""
+    name, revision = job.source.get("id", "unknown weights"), job.source.get("revision")
+    return f"{name} at {revision}" if revision else str(name)
 
 
 def purpose(function: str) -> str:
@@ -121,7 +127,7 @@ class _Decoder:
     def __init__(self, job: Job, part: Part, storage: Storage, weights: WeightFile) -> None:
         self._job, self._part, self._storage, self._weights = job, part, storage, weights
         self._profile = profile(job.profile)
-        self._rows = -(-cache_rows(job.context_length, job.prefill_lengths) // ALIGNED_ROWS) * ALIGNED_ROWS
+        self._rows = padded_rows(job)
         text = job.config.text
         self.kept: list[kept_states.Kept] = kept_states.plan(
             layout(text, self._rows, part.layers),
@@ -231,24 +237,9 @@ def _vision(job: Job, weights: WeightFile) -> tuple[dict[str, Any], dict[str, li
 
 def _table(job: Job, file: str, weights: WeightFile) -> Stage:
     """The `table` stage over a planned matrix, the head's or the embedding's own."""
-    name = HEAD if file != EMBEDDING else "embedding.weight"
-    setting = job.quantizer.setting("embedding.weight")
-    matrix = weights.planned(name)
-    return {
-        "kind": "table",
-        "file": file,
-        "inputs": {"input_ids": "input_ids"},
-        "outputs": {"embeddings": "embeddings"},
-        "table": {
-            "rows": job.config.text.vocab_size,
-            "columns": job.config.text.hidden_size,
-            "bits": 16 if setting is None else setting.bits if setting.symmetric else 8,
-            "group_size": None if setting is None else setting.group_size,
-            "scale_dtype": "float16",
-            "data_offset": matrix.values.offset,
-            "scale_offset": 0 if matrix.scales is None else matrix.scales.offset,
-        },
-    }
+    matrix = weights.planned(HEAD if file != EMBEDDING else "embedding.weight")
+    scales = None if matrix.scales is None else matrix.scales.offset
+    return table_stage(job, file, matrix.values.offset, scales, floats=FLOATS)
 
 
 def _write_table(job: Job) -> Stage:

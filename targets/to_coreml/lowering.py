@@ -17,9 +17,9 @@ from coremltools.converters.mil.mil.types import np_int4_dtype, np_uint4_dtype
 from torch.fx import Node
 
 from export.model.trace import Program
-from targets.to_coreml.cut import HEAD, PALETTE
+from targets.to_coreml.cut import HEAD, PALETTE, UNSIGNED, form_of
 from targets.to_coreml.profiles import Profile
-from targets.to_coreml.weights import UNSIGNED, Form, WeightFile
+from targets.to_coreml.weights import WeightFile
 
 EMPTY = {"float16": np.float16, "int8": np.int8, "int4": np_int4_dtype, "uint4": np_uint4_dtype}
 
@@ -61,7 +61,7 @@ class Storage:
     tied: bool
     """The head's bytes are also the embedding's table, which wants 4-bit codes as code + 8."""
     palettes: bool
-    """4-bit codes as indices into the 16 numbers of their group; not of a table's."""
+    """Symmetric 4-bit codes as indices into a palette; not of a table's. See `cut.form_of`."""
 
 
 class Lowering:
@@ -182,17 +182,18 @@ class Lowering:
         rows, columns = self.weights.quantizer.weights.parameter(name).shape
         pieces = list(self.storage.head) if name == HEAD else [range(rows)]
         setting = self.weights.quantizer.setting(name)
-        four = setting is not None and setting.bits == 4 and setting.symmetric
-        table = four and name == HEAD and self.storage.tied
-        form: Form = "offset" if table else "palette" if four and self.storage.palettes else "signed"
+        how = self.storage
+        form = form_of(name, setting, tied=how.tied, palettes=how.palettes, profile=self.profile.name)
         plans = self.weights.matrix(name, pieces, form)
         found = []
         for piece, plan in zip(pieces, plans, strict=True):
             title = identifier(name) + (f"__{piece.start}" if len(pieces) > 1 or piece.start else "")
-            found.append(self._matrix(name, title, (len(piece), columns), plan))
+            found.append(self._matrix(name, title, (len(piece), columns), plan, indexed=form == "palette"))
         return found
 
-    def _matrix(self, name: str, title: str, shape: tuple[int, int], plan: dict[str, int]) -> Any:
+    def _matrix(
+        self, name: str, title: str, shape: tuple[int, int], plan: dict[str, int], *, indexed: bool
+    ) -> Any:
         rows, columns = shape
         setting = self.weights.quantizer.setting(name)
         ones = (1, 1) if self.profile.convolutions else ()
@@ -209,6 +210,10 @@ class Lowering:
         if "palettes" in plan:
             lut = part(f"{title}_palettes", "palettes", "float16", groups, PALETTE, 1)
             return mb.constexpr_lut_to_dense(indices=codes, lut=lut, name=title)
+        if indexed:
+            numbers = np.arange(-8, 8, dtype=np.float16).reshape(*[1] * (2 + len(ones)), PALETTE, 1)
+            lut = self.constant("palette", numbers)
+            codes = mb.constexpr_lut_to_dense(indices=codes, lut=lut, name=f"{title}_numbers")
         scale = part(f"{title}_scales", "scales", "float16", groups)
         offset = part(f"{title}_offsets", "offsets", UNSIGNED, groups) if "offsets" in plan else None
         return mb.constexpr_blockwise_shift_scale(data=codes, scale=scale, offset=offset, name=title)

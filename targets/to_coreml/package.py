@@ -17,6 +17,7 @@ from coremltools.converters.mil.backend.mil.load import MILProtoExporter
 from coremltools.converters.mil.mil import Function, Program, types
 from coremltools.proto import FeatureTypes_pb2, Model_pb2
 
+from export.spec import UsageError
 from targets.to_coreml.weights import WeightFile
 
 SPECIFICATION = 9
@@ -60,11 +61,19 @@ class _Exporter(MILProtoExporter):  # type: ignore[misc]
         )
 
 
-def write_package(path: Path, functions: Mapping[str, Function], weights: WeightFile, said: Description) -> list[Path]:
+def write_package(
+    path: Path, functions: Mapping[str, Function], weights: WeightFile, said: Description, most: int | None = None
+) -> list[Path]:
     """Write a package; its Manifest.json last, so that one without it is not whole.
+
+    Args:
+        most: bytes that its weight file may have, of which nothing is written if it would have more.
 
     Returns:
         every file of the package.
+
+    Raises:
+        UsageError: the weight file would be larger than `most`.
     """
     program = Program()
     for name, function in functions.items():
@@ -73,6 +82,11 @@ def write_package(path: Path, functions: Mapping[str, Function], weights: Weight
     program.export_as_multifunction = True
     model = Model_pb2.Model(specificationVersion=SPECIFICATION)
     model.mlProgram.CopyFrom(_Exporter(program, weights).export())
+    if most is not None and weights.size > most:  # all constants are planned by now
+        raise UsageError(
+            f"--max-file-size {most}: the weights of {path.name} would have {weights.size} bytes; "
+            f"give at least {weights.size}, or put fewer layers into a package with --max-file-layers"
+        )
     _describe(model, functions, said)
     data = path / INSIDE
     (data / WEIGHTS).parent.mkdir(parents=True, exist_ok=True)

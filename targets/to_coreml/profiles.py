@@ -27,7 +27,9 @@ class Profile:
     float32: bool
     """Norms and gates in float32 inside. The Neural Engine has none: there they are scaled to stay in range."""
     fused_attention: bool
-    """scaled_dot_product_attention as one operation, for which the GPU has a kernel."""
+    """scaled_dot_product_attention as one operation, for which the GPU has a kernel. The Neural Engine's own is wrong
+    on iOS 26 (ExecuTorch PR 16144): there it is products and a softmax.
+    """
     history: int | None
     """Inputs that a convolution state keeps; None: the K-1 it needs. The Neural Engine wants multiples of 32."""
     state_layout: str

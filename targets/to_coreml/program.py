@@ -231,9 +231,16 @@ class Package:
         data = self.path / "Data"
         parts = PurePosixPath(relative)
         found = data / parts
-        if parts.is_absolute() or ".." in parts.parts or not found.resolve().is_relative_to(data.resolve()):
+        try:
+            outside = parts.is_absolute() or ".." in parts.parts or not found.resolve().is_relative_to(data.resolve())
+            missing = not found.is_file()
+        except (OSError, ValueError) as error:  # a null byte, or longer than names may be
+            raise BundleError(
+                f"{source} names {relative!r}, which is no path ({error}); copy the package again"
+            ) from error
+        if outside:
             raise BundleError(f"{source} names {relative!r}, which lies outside the package; do not use the package")
-        if not found.is_file():
+        if missing:
             raise BundleError(f"{source} names {relative!r}, which is missing; copy the package again")
         return found
 
@@ -329,9 +336,15 @@ def _root_model(package: Path) -> str:
         raise BundleError(f"{package} is no .mlpackage: it has no Manifest.json; copy the package again")
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
-        path: str = content["itemInfoEntries"][content["rootModelIdentifier"]]["path"]
-    except (ValueError, KeyError, TypeError) as error:
+        entries = content["itemInfoEntries"]
+        path = entries[content["rootModelIdentifier"]]["path"]
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise BundleError(f"{manifest} names no root model ({error!r}); copy the package again") from error
+    if not isinstance(entries, dict) or not isinstance(path, str):
+        raise BundleError(
+            f"{manifest} is no manifest of a package: itemInfoEntries must be an object with texts as paths, "
+            f"the root model's path is {path!r}; copy the package again"
+        )
     return path
 
 

@@ -73,7 +73,7 @@ def _add(operation: Operation, values: Values) -> None:
     if operation.type == "const":
         (value,) = operation.inputs["val"]
         if isinstance(value, BlobTensor):
-            value = value.array()
+            value = value.array().astype(DTYPES[kind.dtype])  # `exact` declares float32 for float16 of the file
         if not isinstance(value, Reference):
             values.constants[name] = value
     elif operation.type in EXPAND:

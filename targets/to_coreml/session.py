@@ -135,7 +135,7 @@ class CoreMLSession:
                 table = self._tables.setdefault(signature, Table(self._folder, stage))
                 ((source, _),) = stage["inputs"].items()
                 ((result, _),) = stage["outputs"].items()
-                values[result] = table[_checked(inputs[source], table.rows)].astype(dtypes[result])
+                values[result] = table.of(inputs[source]).astype(dtypes[result])
             else:
                 self._run_graph(stage, values)
         return {name: values[name] for name in dtypes}
@@ -198,11 +198,3 @@ class CoreMLSession:
     def close(self) -> None:
         self._backends.clear()
         torch.set_num_threads(self._before)
-
-
-def _checked(ids: NDArray[Any], rows: int) -> NDArray[Any]:
-    """Token ids that have a row: numpy would take negative ones from the end."""
-    wrong = ids[(ids < 0) | (ids >= rows)]
-    if wrong.size:
-        raise CallError(f"token id {int(wrong[0])} has no row in the embedding; ids are 0 to {rows - 1}")
-    return ids

@@ -1,6 +1,11 @@
-"""Reading the weights back out of the packages that ship, as Core ML will interpret them.
+"""Reading the weights back out of the packages that ship: the numbers that their codes, palettes, scales and offsets
+stand for, in float32.
 
-Shares no code with what writes them: the operations of the saved programs decide.
+Shares no code with what writes them: the operations of the saved programs decide. Core ML expands a compressed weight
+to float16. For float16 weights and symmetric 4 bits, whose scales have 8 bits, that changes nothing: what is compared
+bit for bit with the quantiser is what the device computes with. For 8 bits and for 4 bits with zero points it rounds
+code x scale once more; that is not applied here, and what is compared bit for bit is the product before it. L1 and L3
+run the packages with the rounding.
 """
 
 from __future__ import annotations
@@ -47,12 +52,13 @@ def stored_weights(folder: Path, manifest: Mapping[str, Any], quantizer: Quantiz
         package = Package(folder / file)
         done: set[Any] = set()
         for function in package.functions.values():
+            tables = {o.outputs[0][0]: o for o in function.operations if o.type == PALETTE}
             for operation in function.operations:
                 title = TITLE.fullmatch(operation.name)
                 if title is None or title["name"] not in known or operation.type not in ("const", BLOCKWISE, PALETTE):
                     continue
                 name, rest = known[title["name"]], title["rest"]
-                parts = _parts(operation)
+                parts = _parts(operation, tables)
                 key = operation.name, tuple(one.key for one in parts if isinstance(one, BlobTensor)), _shape(parts)
                 if key in done and any(isinstance(one, BlobTensor) for one in parts):
                     continue
@@ -60,14 +66,19 @@ def stored_weights(folder: Path, manifest: Mapping[str, Any], quantizer: Quantiz
                 yield from _rows(name, rest, parts, quantizer, file)
 
 
-def _parts(operation: Operation) -> tuple[Constant | None, ...]:
-    """Values, palettes, scales and offsets of a constant, as far as it has them."""
+def _parts(operation: Operation, tables: Mapping[str, Operation]) -> tuple[Constant | None, ...]:
+    """Values, palettes, scales and offsets of a constant, as far as it has them; `tables`: what looks up palettes, by
+    the name of the result, over which there may be scales.
+    """
     if operation.type == "const":
         return (_constant(operation, "val"), None, None, None)
     if operation.type == PALETTE:
         return (_constant(operation, "indices"), _constant(operation, "lut"), None, None)
     scale = _constant(operation, "scale")
     offset = _constant(operation, "offset") if "offset" in operation.inputs else None
+    data = operation.inputs["data"][0]
+    if isinstance(data, Reference) and data.name in tables:
+        return (*_parts(tables[data.name], {})[:2], scale, offset)
     return (_constant(operation, "data"), None, scale, offset)
 
 
@@ -109,17 +120,19 @@ def _rows(
         stop = min(start + ROWS, values.shape[0])
         count = stop - start
         codes = _slice(values, start, stop).reshape(count, -1)
+        rows = codes.astype(np.float32)
         if lut is not None:
-            numbers = _slice(lut, start, stop).astype(np.float32).reshape(count, -1, lut.shape[-2])
-            grouped = codes.reshape(count, numbers.shape[1], -1)
-            rows = np.take_along_axis(numbers, grouped.astype(np.int64), axis=2)
-        else:
+            own = _slice(lut, start, stop) if lut.shape[0] > 1 else _array(lut)
+            numbers = own.astype(np.float32).reshape(own.shape[0], -1, lut.shape[-2]).repeat(count // own.shape[0], 0)
+            grouped = codes.reshape(count, numbers.shape[1], -1).astype(np.int64)
+            rows = np.take_along_axis(numbers, grouped, axis=2)
+        if scales is not None:
             scale = _slice(scales, start, stop).astype(np.float32).reshape(count, -1, 1)
             if codes.shape[1] % scale.shape[1]:
                 raise BundleError(
                     f"{file} holds {name} with {scale.shape[1]} scales a row of {codes.shape[1]}; export it anew"
                 )
-            rows = codes.astype(np.float32).reshape(count, scale.shape[1], -1)
+            rows = rows.reshape(count, scale.shape[1], -1)
             if offsets is not None:
                 rows = rows - _slice(offsets, start, stop).astype(np.float32).reshape(scale.shape)
             rows = rows * scale

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,22 +19,8 @@ from numpy.typing import NDArray
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Setting
 from export.quantize.tensor import QuantizedBlock
-from targets.to_coreml.blob import BITS, CODES, DTYPES, HEADER, RECORD, SENTINEL, VERSION
-from targets.to_coreml.cut import PALETTE
-
-ALIGNMENT = 64
-SIGNED, UNSIGNED = "int4", "uint4"
-
-Form = Literal["signed", "offset", "table", "palette"]
-"""How symmetric 4-bit codes are stored: as they are; as code + 8 with offsets of 8, or without them for a table; or as
-indices code + 8 into the 16 numbers that a group has, its scale in them: scales over a palette do not load on the GPU
-(coremltools PR 2688).
-"""
-
-
-def aligned(size: int) -> int:
-    """The next multiple of the alignment."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+from targets.to_coreml.blob import CODES, HEADER, RECORD, SENTINEL, VERSION
+from targets.to_coreml.cut import ALIGNMENT, UNSIGNED, Form, aligned, element_bits, stored_parts
 
 
 @dataclass(frozen=True)
@@ -48,7 +34,7 @@ class Region:
 
     @property
     def row_bits(self) -> int:
-        return self.row_elements * (BITS.get(self.dtype) or 8 * DTYPES[self.dtype].itemsize)
+        return self.row_elements * element_bits(self.dtype)
 
     @property
     def size(self) -> int:
@@ -98,24 +84,9 @@ class WeightFile:
         columns = self.quantizer.weights.parameter(name).shape[1]
         setting = self.quantizer.setting(name)
         first, rows = pieces[0].start, pieces[-1].stop - pieces[0].start
-        parts: dict[str, tuple[str, int]] = {"values": ("float16", columns)}
-        if setting is not None:
-            groups = columns // (setting.group_size or columns)
-            signed = setting.symmetric and form == "signed"
-            parts = {
-                "values": ("int8" if setting.bits == 8 else SIGNED if signed else UNSIGNED, columns),
-                "scales": ("float16", groups),
-            }
-            if form == "table" and not setting.symmetric:
-                parts["values"] = ("int8", columns)  # code - zero point: a table has no offsets
-            elif setting.bits == 4 and (not setting.symmetric or form == "offset"):
-                parts["offsets"] = (UNSIGNED, groups)
-            if form == "palette":
-                del parts["scales"]
-                parts["palettes"] = ("float16", groups * PALETTE)
         found: list[dict[str, int]] = [{} for _ in pieces]
         regions: dict[str, Region] = {}
-        for part, (dtype, elements) in parts.items():
+        for part, (dtype, elements) in stored_parts(setting, columns, form).items():
             records, self._end = self._end, self._end + ALIGNMENT * len(pieces)
             regions[part] = self._region(dtype, elements, rows)
             for index, piece in enumerate(pieces):
@@ -143,6 +114,11 @@ class WeightFile:
     def planned(self, name: str) -> Matrix:
         """Where a planned matrix is."""
         return self._matrices[name]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file, as far as it is planned."""
+        return self._end
 
     @property
     def elements(self) -> int:

@@ -16,6 +16,7 @@ from export.model.state import State, cache_rows
 from export.spec import UsageError
 from targets.base import Job, Lowered
 from targets.contract import DTYPES, signatures
+from targets.table import table_stage
 from targets.to_executorch import file, text_runner
 from targets.to_executorch.check import check_methods
 from targets.to_executorch.operators import Lowering, shape_of, walk
@@ -66,7 +67,8 @@ def lower(job: Job) -> Lowered:
         places = _write(job, name, part.source())
         files[name] = "decoder"
         if HEAD in places and text.tie_word_embeddings:
-            table = _table(job, name, places[HEAD], places.get(part.table_scales() or "", 0))
+            scales = places.get(part.table_scales() or "")
+            table = table_stage(job, name, places[HEAD], scales, floats="float32")
     if table is None:
         table = _write_table(job)
         files[EMBEDDING] = "embedding"
@@ -235,25 +237,6 @@ def metadata(job: Job) -> list[Any]:
     return [value_method(name, value) for name, value in values.items()]
 
 
-def _table(job: Job, name: str, data_offset: int, scale_offset: int) -> Stage:
-    setting = job.quantizer.setting("embedding.weight")
-    return {
-        "kind": "table",
-        "file": name,
-        "inputs": {"input_ids": "input_ids"},
-        "outputs": {"embeddings": "embeddings"},
-        "table": {
-            "rows": job.config.text.vocab_size,
-            "columns": job.config.text.hidden_size,
-            "bits": 32 if setting is None else setting.bits,
-            "group_size": None if setting is None else setting.group_size,
-            "scale_dtype": "float16" if setting is not None and setting.bits == 4 else "float32",
-            "data_offset": data_offset,
-            "scale_offset": scale_offset if setting is not None else 0,
-        },
-    }
-
-
 def _write_table(job: Job) -> Stage:
     """An embedding that is not the head's matrix, in a file of its own: codes, then scales."""
     weights = WeightTable(job.quantizer, job.advance)
@@ -270,7 +253,7 @@ def _write_table(job: Job) -> Stage:
                 out.seek(starts[piece] + written[piece])
                 out.write(data)
                 written[piece] += len(data)
-    return _table(job, EMBEDDING, 0, starts.get(scales or "", 0))
+    return table_stage(job, EMBEDDING, 0, starts.get(scales or ""), floats="float32")
 
 
 def _vision(job: Job) -> dict[str, list[Stage]]:

@@ -49,6 +49,9 @@ class OnnxTarget:
     def open_exact(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> Session:
         return self.open(folder, manifest, threads)
 
+    def open_stressed(self, folder: Path, manifest: Mapping[str, Any], threads: int) -> Session | None:
+        return None
+
     def stored_weights(
         self, folder: Path, manifest: Mapping[str, Any], quantizer: Quantizer
     ) -> Iterator[tuple[str, Rows]]:

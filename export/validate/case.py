@@ -1,0 +1,125 @@
+"""What the rungs are given and what they leave: a bundle with its checkpoint, and the outcome of one rung."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from export.chat.conversation import chunks
+from export.checkpoint.base import Checkpoint
+from export.checkpoint.weights import Weights
+from export.model.config import ModelConfig
+from export.model.positions import splice
+from export.quantize.recipe import Recipe
+from export.validate import reference
+from export.validate.gates import Check, failed
+from export.validate.probe import Probe, make_probe, picture
+from targets.base import Arrays, Target
+
+
+@dataclass
+class Rung:
+    """Outcome of one rung: its checks, series for the plots of the report, and what a reader must know of them."""
+
+    name: str
+    checks: list[Check]
+    series: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    """Whole sentences."""
+
+    @property
+    def status(self) -> str:
+        return "FAIL" if failed(self.checks) else "PASS"
+
+    def as_json(self) -> dict[str, Any]:
+        checks = [c.as_json() for c in self.checks]
+        return {"status": self.status, "checks": checks, "series": self.series, "notes": self.notes}
+
+
+@dataclass
+class Case:
+    """One bundle (finished or still `.partial`) with the checkpoint it came from."""
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    recipe: Recipe
+    target: Target
+    folder: Path
+    manifest: Mapping[str, Any]
+    threads: int
+    tokens: int = 96
+    """Length of the probe; the first half is prefilled, the rest decoded."""
+    drift_steps: int = 0
+    """Decode steps of the drift check; 0 leaves it out."""
+    gate_quality: bool = True
+    """False for random weights, whose L3 says nothing about a real model."""
+    task: Callable[[Any], dict[str, float]] | None = None
+    """Task accuracy of a generate function, where the checkpoint has a task."""
+    text: list[int] | None = None
+    """Token ids the probes are made of (repeated where they are too few); None: random ids."""
+    prompts: list[list[int]] = field(default_factory=list)
+    """Prompts without pictures that are continued greedily; none: that check is left out."""
+
+    @property
+    def floats(self) -> str:
+        """Dtype of the bundle's activations."""
+        return self.target.capabilities.floats
+
+    @cached_property
+    def weights(self) -> Weights:
+        return Weights(self.checkpoint, self.config)
+
+    @cached_property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        return tuple((h, w) for h, w in self.manifest["image_sizes"])
+
+    @cached_property
+    def prefill_lengths(self) -> tuple[int, ...]:
+        return tuple(self.manifest["prefill_lengths"])
+
+    @cached_property
+    def probe(self) -> Probe:
+        limit = min(self.tokens, int(self.manifest["context_length"]))
+        return make_probe(self.config, limit, self.image_sizes, text=self.text)
+
+    @cached_property
+    def pictures(self) -> list[NDArray[np.float32]]:
+        """One picture [3, H, W] for every image size of the bundle."""
+        random = np.random.default_rng(2)
+        return [picture(random, height, width) for height, width in self.image_sizes]
+
+    @cached_property
+    def true_pictures(self) -> list[NDArray[np.float32]]:
+        """transformers' image embeddings of `pictures`."""
+        return [reference.hf_vision(self.checkpoint, self.config, each) for each in self.pictures]
+
+    @cached_property
+    def plan(self) -> list[tuple[int | None, int]]:
+        """Half of the probe in chunks, its last chunk padded, then one token at a time."""
+        return make_plan(len(self.probe.ids), self.prefill_lengths)
+
+    @cached_property
+    def embedded(self) -> NDArray[np.float32]:
+        """Rows [T, D] from transformers' embedding and vision tower."""
+        rows = reference.embed(self.checkpoint, self.probe.ids)
+        images = [reference.hf_vision(self.checkpoint, self.config, image) for image in self.probe.images]
+        return np.asarray(splice(rows, self.probe.ids, self.config.image_token_id, images), np.float32)
+
+    @cached_property
+    def truth(self) -> tuple[NDArray[np.float32], Arrays]:
+        """transformers' fp32 logits [T, V] and final states on the probe, fed token by token: its chunked delta
+        rule is the less exact of its two forms (docs/LOG.md) and would be most of the distance to ours.
+        """
+        return reference.hf_sequence(self.checkpoint, self.config, self.embedded, self.probe.positions, 1)
+
+
+def make_plan(tokens: int, lengths: tuple[int, ...]) -> list[tuple[int | None, int]]:
+    prefill = max(1, tokens // 2 + 3)
+    steps: list[tuple[int | None, int]] = list(chunks(min(prefill, tokens), lengths))
+    return steps + [(None, 1)] * (tokens - min(prefill, tokens))

@@ -1,0 +1,192 @@
+"""L1: the lowered program without quantisation on its runtime against our modules."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from export.checkpoint.weights import Weights
+from export.model import state
+from export.model.config import FULL, ModelConfig
+from export.quantize.quantizer import Quantizer
+from export.quantize.recipe import Recipe
+from export.validate import metrics, reference
+from export.validate.case import Case, Rung
+from export.validate.gates import GATES, Check, check
+from export.validate.probe import Probe
+from export.validate.replay import canonical, image_embeddings, replay, state_errors, worst
+from targets.base import Job, Session, Target
+
+
+def l1(case: Case) -> Rung:
+    """The lowered program without quantisation on its runtime against our modules."""
+    config = shallow(case.config)
+    weights = Weights(case.checkpoint, config)
+    quantizer = Quantizer(weights, Recipe.unquantised())
+    probe, plan = case.probe, case.plan
+    rows = case.embedded
+    context = len(probe.ids)
+    # Inside an unfinished bundle, so that nothing else is left by a crash; a finished one is never touched.
+    place = case.folder if case.folder.suffix == ".partial" else case.folder.parent
+    with tempfile.TemporaryDirectory(prefix="l1-", dir=place) as scratch:
+        folder = Path(scratch)
+        lowered = case.target.lower(
+            Job(
+                config,
+                quantizer,
+                context,
+                case.prefill_lengths,
+                case.image_sizes,
+                folder,
+                max_file_layers=_cut(case.manifest, config),
+                profile=case.manifest["target"]["profile"],
+                state_layout=case.manifest["target"].get("state_layout"),
+                max_head_columns=_head_columns(case.manifest),
+            )
+        )
+        manifest = {
+            **case.manifest,
+            "signatures": lowered.signatures,
+            "states": lowered.states,
+            "context_length": context,
+        }
+        rung = compare_files(
+            case.target, folder, manifest, case.threads, weights, probe, plan, rows, case.prefill_lengths, case.pictures
+        )
+        rung.checks.append(check("L1.layers", config.text.num_hidden_layers))
+        return rung
+
+
+def shallow(config: ModelConfig, parameters_limit: int = 150_000_000) -> ModelConfig:
+    """The first layers holding one of each kind, unless the whole model is small enough."""
+    text = config.text
+    if text.vocab_size * text.hidden_size + text.num_hidden_layers * 12 * text.hidden_size**2 < parameters_limit:
+        return config
+    first_full = text.layer_types.index(FULL) + 1 if FULL in text.layer_types else 1
+    return config.truncated(min(first_full, text.num_hidden_layers))
+
+
+def file_layers(manifest: Mapping[str, Any]) -> int | None:
+    """Decoder layers a file of the bundle holds at most, where it has several files."""
+    stages = manifest["signatures"]["decode"]["stages"]
+    layers = {state["name"]: np.atleast_1d(state["layer"]).tolist() for state in manifest["states"]}
+    counts = [len({layer for name in stage.get("states", {}) for layer in layers[name]}) for stage in stages]
+    return max(1, *counts) if len(counts) > 1 else None
+
+
+def _cut(manifest: Mapping[str, Any], config: ModelConfig) -> int | None:
+    """Layers of a file in L1: as in the bundle, but a bundle of several files is never lowered to one."""
+    most = file_layers(manifest)
+    return None if most is None else min(most, max(1, config.text.num_hidden_layers - 1))
+
+
+def _head_columns(manifest: Mapping[str, Any]) -> int | None:
+    """Columns of the largest piece of a split head."""
+    outputs = manifest["signatures"]["decode"]["outputs"]
+    return max(tensor["shape"][1] for tensor in outputs) if len(outputs) > 1 else None
+
+
+def compare_files(
+    target: Target,
+    folder: Path,
+    manifest: Mapping[str, Any],
+    threads: int,
+    weights: Weights,
+    probe: Probe,
+    plan: list[tuple[int | None, int]],
+    rows: NDArray[np.float32],
+    prefill_lengths: tuple[int, ...],
+    pictures: list[NDArray[np.float32]],
+) -> Rung:
+    """L1 of files lowered without quantisation.
+
+    A target that stores floats in float16 is compared twice: with float32 in their place and weights that are
+    rounded on both sides, where nothing but a wrong lowering makes a difference; and as it is.
+    """
+    floats = target.capabilities.floats
+    stages = manifest["signatures"]["decode"]["stages"]
+    kept = all(how == "internal" for stage in stages for how in stage.get("states", {}).values())
+
+    def compare(session: Session, given: Weights, fed: NDArray[Any], prefix: str) -> Rung:
+        with closing(session):
+            return compare_lowered(session, given, probe, plan, fed, prefill_lengths, pictures, prefix, kept=kept)
+
+    if floats == "float32":
+        return compare(target.open(folder, manifest, threads), weights, rows, "L1")
+    half = rows.astype(floats)
+    exact = compare(target.open_exact(folder, manifest, threads), RoundedWeights(weights), half, "L1.exact")
+    stored = compare(target.open(folder, manifest, threads), weights, half, f"L1.{floats}")
+    series = {**stored.series, "exact_states": exact.series["states"]}
+    notes = [f"Checks named L1.exact read {floats} as float32: no runtime does, they are emulated everywhere."]
+    return Rung("L1", exact.checks + stored.checks, series, notes)
+
+
+class RoundedWeights(Weights):
+    """Weights as float16 holds them, in float32; learned positions stay, because they are stored resampled."""
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__(weights.checkpoint, weights.config)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        rows = super().rows(name, start, stop)
+        return rows if name == "vision.position_weight" else rows.half().float()
+
+
+def compare_lowered(
+    session: Session,
+    weights: Weights,
+    probe: Probe,
+    plan: list[tuple[int | None, int]],
+    rows: NDArray[Any],
+    prefill_lengths: tuple[int, ...],
+    pictures: list[NDArray[np.float32]],
+    prefix: str = "L1",
+    *,
+    kept: bool = False,
+) -> Rung:
+    """L1 on an open session: logits and states, padding, vision, embedding.
+
+    Args:
+        rows: in the dtype of the session's embeddings. prefix: of the checks; their gates are those of L1 where it
+            has none of its own. kept: the runtime holds the states, and a call with `start` = 0 clears them.
+    """
+    config = weights.config
+
+    def gated(name: str, value: float) -> Check:
+        own = f"{prefix}.{name}"
+        return check(own, value, own if own in GATES else f"L1.{name}")
+
+    expected, states = reference.own_sequence(
+        weights, rows.astype(np.float32), probe.positions, plan, state.cache_rows(len(rows), prefill_lengths)
+    )
+    ends = [first + valid - 1 for first, _, valid in reference.pieces(len(rows), plan)]
+    logits = np.stack(replay(session, rows, probe.positions, plan, junk=0.0))
+    errors = state_errors(config, states, canonical(config, session.states()), len(rows))
+    clean = canonical(config, {name: array.copy() for name, array in session.states().items()})
+    padded = np.stack(replay(session, rows, probe.positions, plan, junk=float("nan"), reset=not kept))
+    leaks = state_errors(config, clean, canonical(config, session.states()), len(rows))
+    checks = [
+        gated("logits", metrics.relative(expected[ends], logits)),
+        gated("states", max(errors.values())),
+        gated("padding", max(metrics.relative(logits, padded), *leaks.values())),
+    ]
+    embedded = session.run("embed", {"input_ids": np.asarray([probe.ids], np.int64)})["embeddings"]
+    plain = torch.cat([weights.rows("embedding.weight", i, i + 1) for i in probe.ids]).numpy()
+    checks.append(gated("embed", metrics.relative(plain, embedded[0])))
+    if pictures:
+        ours = [reference.own_vision(weights, each) for each in pictures]
+        checks.append(gated("vision", worst(ours, image_embeddings(session, pictures))))
+    series = {"states": errors, "logits": _row_errors(expected[ends], logits), "rows": ends}
+    return Rung("L1", checks, series)
+
+
+def _row_errors(a: NDArray[Any], b: NDArray[Any]) -> list[float]:
+    return [metrics.relative(x, y) for x, y in zip(a, b, strict=True)]
