@@ -28,6 +28,14 @@ def test_every_gate_has_a_reason_and_rejects(name: str) -> None:
     assert not failed([check(name, gate.limit + worse, gated=False)])
 
 
+def test_rounding_may_add_up_over_layers() -> None:
+    limit = GATES["L0.states"].limit
+    deep = check("L0.states", 2.9 * limit, layers=24)
+    assert deep.status == "PASS" and deep.limit == pytest.approx(3 * limit) and deep.reason.endswith("here 24")
+    assert check("L0.states", 3.1 * limit, layers=24).status == "FAIL"
+    assert check("L0.states", 1.1 * limit, layers=2).status == "FAIL"
+
+
 def test_every_kind_of_recipe_has_every_gate() -> None:
     assert [f"L3.{k}.{n}" for k in ("fp32", "int8", "int4") for n in QUALITY if f"L3.{k}.{n}" not in GATES] == []
 

@@ -10,6 +10,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from export.checkpoint.random import RandomCheckpoint
+from export.model import decoder, operators
+from export.quantize.recipe import Recipe
+from export.sizes import SIZES
+from export.validate.case import Case
+from export.validate.ladder import l0
+from runtime_tests.test_faults_host import Wrong
+from targets import load_target
+
 pytestmark = pytest.mark.slow
 
 GIB = 2**30
@@ -96,6 +105,28 @@ ours, _ = reference.own_sequence(Weights(checkpoint, config), rows, positions, [
 assert theirs.shape == (64, config.text.vocab_size) and np.isfinite(theirs).all()
 assert abs(ours - theirs).max() <= 1e-4 * abs(theirs).max(), abs(ours - theirs).max() / abs(theirs).max()
 """
+
+
+def test_the_first_rung_holds_at_the_depth_of_a_real_size(tmp_path: Path) -> None:
+    """24 layers of 0.8B: rounding adds up and stays within the gate; an eps of 1e-3 in the norms does not."""
+    config = SIZES["0.8b"].config
+    assert config is not None
+    checkpoint = RandomCheckpoint(config, 0, "0.8b")
+    manifest = {
+        "context_length": 160,
+        "prefill_lengths": [64],
+        "image_sizes": [],
+        "tokenizer": {"special_token_ids": {"image": checkpoint.model_config.image_token_id}, "stop_token_ids": []},
+    }
+    target, recipe = load_target("onnx"), Recipe.unquantised()
+    case = Case(checkpoint, checkpoint.model_config, recipe, target, tmp_path, manifest, 2, tokens=160)
+    rung = l0(case)
+    sys.stdout.write(f"{[(c.name, c.value, c.limit) for c in rung.checks]}\n")
+    assert rung.status == "PASS"
+    with pytest.MonkeyPatch.context() as patch:
+        right = operators.rms_norm
+        patch.setattr(decoder, "ops", Wrong("rms_norm", lambda x, weight, eps: right(x, weight, 1e-3)))
+        assert l0(case).status == "FAIL"
 
 
 def test_the_reference_of_9b_streams(tmp_path: Path) -> None:

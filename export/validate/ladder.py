@@ -42,9 +42,10 @@ def l0(case: Case) -> Rung:
         case.weights, rows, case.probe.positions, case.plan, rows_needed
     )
     errors = state_errors(case.config, true_states, states, len(case.probe.ids))
+    layers = case.config.text.num_hidden_layers
     checks = [
-        check("L0.logits", metrics.relative(truth, logits)),
-        check("L0.states", max(errors.values())),
+        check("L0.logits", metrics.relative(truth, logits), layers=layers),
+        check("L0.states", max(errors.values()), layers=layers),
     ]
     if case.pictures:
         ours = [reference.own_vision(case.weights, each) for each in case.pictures]
