@@ -176,6 +176,9 @@ def test_the_page_shows_drift_linter_stress_and_source(
     for label in ("bundle", *(f"{name} states" for name in load_target("coreml").capabilities.state_layouts)):
         assert f"<!-- {label} -->" in drawing
     assert f"<td>{WARNING.rule}</td>" in html and WARNING.where in html
+    nothing = "Nothing found that devices are known to object to."
+    assert nothing not in html and nothing in page.render(bundle[1], {**report, "lint": []})
+    assert "Linter" not in page.render(bundle[1], {name: part for name, part in report.items() if name != "lint"})
     assert "<td>L3.stress_kl</td>" in html and "no model of any device" in html
     assert "over 95 decode steps" in html
     for rung in ("L1", "L3"):

@@ -40,9 +40,10 @@ PAGE = """<!doctype html>
 <td class="reason">{{ c.reason }}</td></tr>{% endfor %}</table>
 {% for note in rung.get("notes", []) %}<p class="sub">{{ note }}</p>
 {% endfor %}{% endfor %}
-{% if r.lint %}<h2>Linter</h2>
-<p class="sub">What devices are known to object to; none of it stopped the build.</p>
-<table><tr><th>rule</th><th class="n">findings</th><th>first</th><th>what</th><th>source</th></tr>
+{% if r.lint is not none %}<h2>Linter</h2>
+<p class="sub">{{ "What devices are known to object to; none of it stopped the build." if r.lint else
+"Nothing found that devices are known to object to." }}</p>{% endif %}
+{% if r.lint %}<table><tr><th>rule</th><th class="n">findings</th><th>first</th><th>what</th><th>source</th></tr>
 {% for f in r.lint %}<tr><td>{{ f.rule }}</td><td class="n">{{ f.count }}</td><td class="g">{{ f.where }}</td>
 <td class="reason">{{ f.text }}</td><td class="reason">{{ f.source }}</td></tr>{% endfor %}</table>{% endif %}
 {% for title, svg in plots %}<figure><h2>{{ title }}</h2>{{ svg | safe }}</figure>{% endfor %}
@@ -81,7 +82,7 @@ def render(manifest: dict[str, Any], report: dict[str, Any]) -> str:
     return template(PAGE).render(
         style=STYLE,
         m=manifest,
-        r={"latency": None, "lint": [], **report},
+        r={"latency": None, "lint": None, **report},
         number=number,
         speed=speed,
         gate=gate,
@@ -146,11 +147,11 @@ def svg(drawing: Any) -> str:
 
 
 def states(errors: Mapping[str, Mapping[str, float]]) -> str:
-    """For each label, here rungs, the relative error of every state."""
+    """For each label, here rungs, the relative error of every state; a gap where one has none, as L1 of few layers."""
     drawing, axes = figure()
     names = list(next(iter(errors.values())))
     for rung, series in errors.items():
-        axes.plot(range(len(names)), [_positive(series.get(n, 0.0)) for n in names], "o-", ms=3, label=rung)
+        axes.plot(range(len(names)), [_positive(series.get(n, "nan")) for n in names], "o-", ms=3, label=rung)
     axes.set_yscale("log")
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
     axes.legend()
