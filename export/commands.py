@@ -59,14 +59,16 @@ def export(spec: ExportSpec, options: argparse.Namespace) -> int:
 
 
 def parity_table(report: dict[str, Any]) -> str:
-    """Every check of a report, one per line; those that ran the bundle with where: host or emulated."""
+    """Every check of a report, one per line, with where the bundle ran (host or emulated); then the linter's."""
     from export.report.card import gate, number, source
 
     lines = [f"{'check':<26}{'value':>12}  {'gate':<12}{'status':<10}source"]
-    for name, rung in report["rungs"].items():
+    for rung in report["rungs"].values():
         for check in rung["checks"]:
             line = f"{check['name']:<26}{number(check['value']):>12}  {gate(check):<12}{check['status']:<10}"
-            lines.append((line + source(report, name)).rstrip())
+            lines.append((line + source(report, check["name"])).rstrip())
+    for found in report.get("lint") or ():
+        lines.append(f"linter {found['severity']}, {found['rule']} ({found['count']}): {found['text']}")
     return "\n".join(lines)
 
 

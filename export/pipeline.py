@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -22,7 +22,7 @@ from export.report import card
 from export.spec import ExportSpec, GateError, UsageError
 from export.validate import judge
 from targets import load_target
-from targets.base import Job, Lowered, Target
+from targets.base import Finding, Job, Lowered, Target, grouped, refuse
 
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "executorch", "coremltools", "qwen35-mobile")
 
@@ -102,19 +102,24 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
             writer.add(path, role)
         manifest = describe(spec, checkpoint, weights, quantizer.recipe, target, lowered, tokenizer)
         passed = True
+
+        def heed(findings: Iterable[Finding]) -> None:
+            refuse(findings)
+            for found in grouped(findings):
+                progress.notice(f"{found['rule']} ({found['count']}): {found['text']}")
+
         if spec.skip_validation:
             with progress.stage("lint"):
-                findings = judge.lint(target, writer.path, manifest, activations=False)
+                found = target.lint(writer.path, manifest, activations=False)
+            heed(found or ())
         else:
+            place = target, writer.path, manifest
             report = judge.judge(
-                checkpoint, config, recipe, target, writer.path, manifest, spec.threads, progress.stage
+                checkpoint, config, recipe, *place, spec.threads, progress.stage, on_findings=heed
             )
-            findings = report.get("lint")
             passed = report["passed"]
             with progress.stage("report"):
                 judge.write_reports(writer, manifest, report)
-        for found in findings or []:
-            progress.notice(f"{found['rule']} ({found['count']}): {found['text']}")
         writer.add("README.md", "card").write_text(card.render(manifest, report, target.loading), encoding="utf-8")
         manifest["status"] = "validated" if report is not None and passed else "unvalidated"
         final = writer.commit(manifest, accepted=passed)

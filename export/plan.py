@@ -165,13 +165,15 @@ def stored_bytes(count: int, setting: Setting, able: Capabilities, palettes: boo
 
 def state_bytes(config: ModelConfig, spec: ExportSpec) -> int:
     """States of one conversation, in the target's floats; explicit recurrent states are float32 everywhere."""
-    text = config.text
-    rows = spec.context_length + max(spec.prefill_lengths) - 1
+    text, able = config.text, describe_target(spec.target).capabilities
+    rows = spec.context_length + max(spec.prefill_lengths, default=1) - 1
+    rows = -(-rows // able.row_multiple) * able.row_multiple
+    history = able.histories.get(spec.profile or able.profiles[0], text.linear_conv_kernel_dim - 1)
     full = sum(kind == FULL for kind in text.layer_types)
     attention = 2 * text.num_key_value_heads * rows * text.head_dim
     recurrent = text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
-    conv = text.conv_dim * (text.linear_conv_kernel_dim - 1)
-    linear, size = len(text.layer_types) - full, FLOAT_BYTES[describe_target(spec.target).capabilities.floats]
+    conv = text.conv_dim * history
+    linear, size = len(text.layer_types) - full, FLOAT_BYTES[able.floats]
     wide = 4 if spec.state_layout == "explicit" else size
     return full * attention * size + linear * (recurrent * wide + conv * size)
 

@@ -24,16 +24,21 @@ from runtime_tests.faults_coreml import (
 )
 from targets.to_coreml import lower, operators, weights
 from targets.to_coreml.lowering import Lowering
-from targets.to_coreml.weights import WeightFile
+from targets.to_coreml.weights import Matrix, WeightFile
 
 
-def part(kind: str, change: Callable[[Any], Any], dtypes: tuple[str, ...] = ("int4", "uint4", "int8")) -> Patcher:
+def part(
+    kind: str,
+    change: Callable[[Any], Any],
+    dtypes: tuple[str, ...] = ("int4", "uint4", "int8"),
+    wanted: Callable[[Matrix], bool] = lambda matrix: True,
+) -> Patcher:
     """Other values, scales, offsets or palettes of matrices whose codes are of some types; rows as numpy has them."""
 
     def make(right: Any) -> Any:
         def wrong(self: WeightFile, name: str, matrix: Any) -> Any:
             for region, start, data in right(self, name, matrix):
-                if region is getattr(matrix, kind) and matrix.values.dtype in dtypes:
+                if region is getattr(matrix, kind) and matrix.values.dtype in dtypes and wanted(matrix):
                     halves = kind in ("scales", "palettes")
                     rows = np.frombuffer(data, np.float16 if halves else np.uint8)
                     count = len(data) * 8 // region.row_bits
@@ -46,6 +51,11 @@ def part(kind: str, change: Callable[[Any], Any], dtypes: tuple[str, ...] = ("in
         return wrong
 
     return replaced(WeightFile, "_blocks", make)
+
+
+def over_one_palette(matrix: Matrix) -> bool:
+    """Whether the codes are indices into the palette that all matrices share; those of a tied head have offsets."""
+    return matrix.values.dtype == "uint4" and matrix.scales is not None and matrix.offsets is None
 
 
 def codes(change: Callable[[Any], Any]) -> Patcher:
@@ -126,6 +136,7 @@ def exchanged_places(right: Any) -> Any:
 
 INT4 = load_recipe("int4", 32)
 PALETTES: dict[str, Any] = {"palettes": True, "profile": "ane"}
+ONE_PALETTE: dict[str, Any] = {"palettes": True, "profile": "gpu"}
 ASYMMETRIC: dict[str, Any] = {
     "recipe": Recipe("asymmetric", {**INT4.roles, "decoder": Setting(4, 32, symmetric=False)})
 }
@@ -139,6 +150,15 @@ L2: dict[str, Fault] = {
     "index into a palette off by one": fault(codes(one_more), WRONG, quick=True, **PALETTES),
     "palette of the neighbour group": fault(part("palettes", other_palette), WRONG, **PALETTES),
     "palette turned round": fault(part("palettes", lambda rows: rows[:, ::-1]), WRONG, **PALETTES),
+    "index into the one palette off by one": fault(
+        part("values", one_more, wanted=over_one_palette), WRONG, quick=True, **ONE_PALETTE
+    ),
+    "scale of the neighbour group over the one palette": fault(
+        part("scales", neighbours, wanted=over_one_palette), WRONG, **ONE_PALETTE
+    ),
+    "the one palette turned round": fault(
+        constants(lambda name, array: array[..., ::-1, :] if name == "palette" else array), WRONG, **ONE_PALETTE
+    ),
     "zero point of the neighbour group": fault(
         part("offsets", lambda rows: np.roll(rows, 1, axis=-1)), WRONG, **ASYMMETRIC
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,15 +18,17 @@ import torch
 from export.checkpoint.weights import Weights
 from export.model import delta_rule as reference_rule
 from export.model.config import ModelConfig
+from export.plan import state_bytes
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe, Setting, load_recipe
 from export.sizes import SIZES
-from export.spec import UsageError
-from export.validate import metrics
+from export.spec import ExportSpec, UsageError
+from export.validate import drift, metrics
 from export.validate.case import Case
 from export.validate.ladder import l2
+from export.validate.lowered import l1
 from runtime_tests import mil
-from runtime_tests.conftest import MemoryCheckpoint, build, climb_l1, variant
+from runtime_tests.conftest import CONTEXT, MemoryCheckpoint, build, climb_l1, variant
 from targets import load_target
 from targets.base import Job
 from targets.table import Table
@@ -202,6 +205,52 @@ def test_a_package_that_was_planned_too_small_is_not_written(
     with pytest.raises(UsageError, match=message):
         build(small, other, load_recipe("int4", 32), NAME, lengths=(16,), **limits)
     assert weight_files(other) == {}
+
+
+def test_a_vision_encoder_that_is_too_large_is_refused_before_the_decoder(tmp_path: Path) -> None:
+    checkpoint = MemoryCheckpoint(variant(num_hidden_layers=1, vision={"depth": 6}))
+    limits = {"max_file_bytes": 600_000}
+    message = (
+        r"--max-file-size 600000: the weights of vision\.mlpackage would have (\d+) bytes; "
+        r"give at least (\d+), or leave the vision encoder out with --no-vision: it is not cut"
+    )
+    with pytest.raises(UsageError, match=message) as refused:
+        build(checkpoint, tmp_path, Recipe.unquantised(), NAME, lengths=(16,), **limits)
+    assert list(tmp_path.iterdir()) == []
+    found = re.search(message, str(refused.value))
+    assert found is not None and found[1] == found[2]
+    build(checkpoint, tmp_path, Recipe.unquantised(), NAME, lengths=(16,), max_file_bytes=int(found[1]))
+    assert (tmp_path / "vision.mlpackage/Data/com.apple.CoreML/weights/weight.bin").stat().st_size == int(found[1])
+
+
+def test_what_is_lowered_to_be_compared_has_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of the head that a package may hold quantised, and may not as L1 has them, in float16."""
+    linear, full = "linear_attention", "full_attention"
+    kinds = {"num_hidden_layers": 2, "layer_types": [linear, full], "vocab_size": 8192}
+    checkpoint = MemoryCheckpoint(variant(**kinds, tied=False, vision={"depth": 1}))
+    monkeypatch.setattr(cutting, "MAX_BYTES", 900_000)
+    whole = case(checkpoint, tmp_path, load_recipe("int4", 32), max_head_columns=4096)
+    whole.tokens = 32
+    floats = Quantizer(whole.weights, Recipe.unquantised())
+    with pytest.raises(UsageError, match="--max-file-size 900000: a piece of the head alone"):
+        cut(Job(whole.config, floats, 32, (16,), (), tmp_path, max_head_columns=4096))
+    rung = l1(whole)
+    assert rung.status == "PASS", [c for c in rung.checks if c.status == "FAIL"]
+    monkeypatch.setattr(cutting, "MAX_BYTES", 1000)
+    with drift._in_layout(whole, "explicit", 32) as session:
+        assert session.states()
+
+
+@pytest.mark.parametrize(("profile", "layout"), [("gpu", None), ("ane", "stacked"), ("ane", "explicit")])
+def test_the_plan_counts_every_state(
+    profile: str, layout: str | None, heads: MemoryCheckpoint, tmp_path: Path
+) -> None:
+    """Caches are padded to 32 rows, and convolutions on the Neural Engine keep a longer history."""
+    limits: dict[str, Any] = {"profile": profile, "state_layout": layout}
+    _, manifest, _ = build(heads, tmp_path, load_recipe("int8"), NAME, lengths=(16,), **limits)
+    spec = ExportSpec(NAME, "tiny", context_length=CONTEXT, prefill_lengths=(16,), profile=profile, state_layout=layout)
+    written = sum(math.prod(s["shape"]) * np.dtype(s["dtype"]).itemsize for s in manifest["states"])
+    assert state_bytes(heads.model_config, spec) == written
 
 
 def test_l2_notices_one_changed_byte(small: Any, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from runtime_tests.mil import IOS18, Function, function, mb, save, types
+from targets.to_coreml.constants import Budget
 from targets.to_coreml.interpreter import Interpreter
 from targets.to_coreml.kernels import KERNELS
 from targets.to_coreml.program import Package
@@ -512,6 +513,7 @@ def test_stress_mode_rounds_sums_as_they_grow(tmp_path: Path) -> None:
             mb.scaled_dot_product_attention(query=rows, key=rows, value=rows, name="attention"),
             mb.matmul(x=mb.cast(x=x, dtype="fp32"), y=weight.astype(np.float32), transpose_y=True, name="single"),
             mb.reduce_sum(x=mb.cast(x=mb.round(x=x), dtype="int32"), axes=[1], name="whole"),
+            mb.conv(x=mb.reshape(x=x, shape=[4, 300, 1]), weight=weight[..., None], name="pointwise"),
         ]  # fmt: skip
 
     x = half(4, 300) + np.float16(1)
@@ -521,6 +523,10 @@ def test_stress_mode_rounds_sums_as_they_grow(tmp_path: Path) -> None:
     np.testing.assert_array_equal(stressed["linear"], in_blocks(x, weight.T))
     np.testing.assert_array_equal(stressed["matmul"], in_blocks(x, weight.T))
     np.testing.assert_array_equal(stressed["conv"][..., 0], in_blocks(x, kernel.reshape(5, -1).T))
+    np.testing.assert_array_equal(stressed["pointwise"][..., 0], in_blocks(x, weight.T))
+    tight = Interpreter(package, "float16", budget=Budget(0)).run("main", {"x": x}, {})
+    for name in stressed:  # weights that are not kept are summed in the same order
+        np.testing.assert_array_equal(tight[name], stressed[name], name)
     np.testing.assert_array_equal(stressed["sum"][:, None], in_blocks(x, np.ones((300, 1), np.float16)))
     for name in ("single", "whole"):  # only float16 is stressed
         np.testing.assert_array_equal(stressed[name], exact[name])

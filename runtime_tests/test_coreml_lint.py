@@ -326,11 +326,11 @@ PROGRAMS: dict[str, Program] = {
         lambda x, begin: mb.slice_by_size(x=x, begin=begin, size=[1, 32]), {**ROW, "begin": ((2,), WHOLE)},
     ),
     "ane-linear": Program(
-        r"1 linear where the Neural Engine has 1x1 convolutions: lower with --profile ane",
+        r"1 linear where the Neural Engine has 1x1 convolutions: export the bundle again",
         lambda x: mb.linear(x=x, weight=np.ones((16, 64), np.float16)), ROW,
     ),
     "ane-attention": Program(
-        r"1 scaled_dot_product_attention which the Neural Engine of iOS 26 computes wrongly, .* with --profile ane",
+        r"1 scaled_dot_product_attention which the Neural Engine .* computes wrongly, .*: export the bundle again",
         lambda x: mb.scaled_dot_product_attention(query=x, key=x, value=x), {"x": ((1, 2, 32, 32), HALF)},
     ),
     "ane-singleton": Program(
@@ -361,6 +361,10 @@ PROGRAMS: dict[str, Program] = {
     "palette-scale": Program(
         r"scales over palettes in 1 weights; .* rejects them while the app loads the model: .* --palettes",
         lambda x: blockwise(x, scales(1), palette()), ROW,
+    ),
+    "palette-unmeasured": Program(
+        r"scales per group over palettes in 1 weights; .* one scale per output channel: try the package .* --palettes",
+        lambda x: blockwise(x, scales(2), palette()), ROW, profile="gpu",
     ),
     "palette-stateful": Program(
         r"palettes of 16 in 1 weights beside 1 states; such packages crash .* calls: leave out --palettes",
@@ -428,9 +432,16 @@ def test_one_layer_a_package_leaves_two_states(checkpoint: MemoryCheckpoint, tmp
     assert not broken(lint_bundle(tmp_path, manifest), "state-count")
 
 
-def test_palettes_on_the_neural_engine_are_warned_of(checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
-    """They are grouped along the inputs as int4 is; on the GPU neither is held against them."""
-    for profile, rules in (("ane", {"ane-blockwise", "palette-stateful"}), ("gpu", set())):
+def test_measured_scales_over_a_palette_are_not_warned_of(tmp_path: Path) -> None:
+    """One per output channel, and scales per group without a palette."""
+    save(tmp_path / FILE, main=function(lambda x: mb.add(x=blockwise(x, scales(1), palette()),
+                                                         y=blockwise(x, scales(2))), ROW))  # fmt: skip
+    assert not broken(lint_bundle(tmp_path, manifest_of("gpu")), "palette-unmeasured")
+
+
+def test_palettes_are_warned_of(checkpoint: MemoryCheckpoint, tmp_path: Path) -> None:
+    """On the Neural Engine they are grouped along the inputs as int4 is; on the GPU scales per group are over one."""
+    for profile, rules in (("ane", {"ane-blockwise", "palette-stateful"}), ("gpu", {"palette-unmeasured"})):
         (tmp_path / profile).mkdir()
         limits: dict[str, Any] = {"palettes": True, "profile": profile, "lengths": LENGTHS}
         _, manifest, _ = build(checkpoint, tmp_path / profile, load_recipe("int4", 32), "coreml", **limits)

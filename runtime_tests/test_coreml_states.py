@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def test_a_call_from_the_start_begins_from_zeros(small: Any, profile: str, layou
     _, manifest, _ = build(
         small, tmp_path, Recipe.unquantised(), NAME, lengths=(16,), profile=profile, state_layout=layout
     )
-    session = CoreMLSession(tmp_path, manifest, 1)
+    session = opened(tmp_path, manifest)
     expected = replay(session, rows(), POSITIONS, PLAN, junk=0.0)
     broken = replay(session, overflowing(rows()), POSITIONS, PLAN, junk=0.0)
     assert np.isnan(broken[-1]).all()
@@ -48,14 +47,19 @@ def test_a_call_from_the_start_begins_from_zeros(small: Any, profile: str, layou
     assert all(np.array_equal(a, b) for a, b in zip(expected, again, strict=True))
 
 
-def decode(session: CoreMLSession) -> Any:
-    """One token from the start; its logits."""
+def opened(folder: Path, manifest: Any) -> CoreMLSession:
+    """Emulated, on a Mac too, as it is if an option is given."""
+    return CoreMLSession(folder, manifest, 1, accumulate="float32")
+
+
+def decode(session: CoreMLSession, start: int = 0) -> Any:
+    """One token; its logits."""
     found = session.run(
         "decode",
         {
-            "embeddings": rows()[None, :1],
-            "position_ids": np.zeros((3, 1), np.int32),
-            "start": np.zeros(1, np.int32),
+            "embeddings": rows()[None, start : start + 1],
+            "position_ids": np.full((3, 1), start, np.int32),
+            "start": np.asarray([start], np.int32),
         },
     )
     return found["logits"]
@@ -68,7 +72,7 @@ def stages(small: Any, tmp_path: Path) -> tuple[Path, Any]:
 
 
 def test_states_of_packages_that_nobody_called_are_zeros(stages: tuple[Path, Any]) -> None:
-    session = CoreMLSession(*stages, 1)
+    session = opened(*stages)
     fresh = session.states()
     decode(session)
     used = session.states()
@@ -80,7 +84,7 @@ def test_a_damaged_package_is_noticed_before_any_state_is_new(stages: tuple[Path
     folder, manifest = stages
     weights = folder / "decoder_1.mlpackage/Data/com.apple.CoreML/weights/weight.bin"
     weights.write_bytes(weights.read_bytes()[:1000])
-    session = CoreMLSession(folder, manifest, 1)
+    session = opened(folder, manifest)
     with pytest.raises(BundleError, match=r"weight\.bin"):
         decode(session)
     assert not any(array.any() for array in session.states().values())
@@ -89,22 +93,51 @@ def test_a_damaged_package_is_noticed_before_any_state_is_new(stages: tuple[Path
 def test_a_call_that_failed_leaves_no_states_to_go_on_with(
     stages: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = CoreMLSession(*stages, 1)
-    expected = decode(session)
+    session = opened(*stages)
+    first = decode(session)
     kept = session.snapshot()
-    last = session._backends["decoder_1.mlpackage"]
+    second = decode(session, 1)
 
     def failing(function: str, inputs: Any) -> Any:
         raise RuntimeError("the runtime stopped")
 
+    def fail() -> None:
+        """In the second package, when the states of the first one are new already."""
+        with monkeypatch.context() as patch:
+            patch.setattr(session._backends["decoder_1.mlpackage"], "run", failing)
+            with pytest.raises(RuntimeError, match="the runtime stopped"):
+                decode(session, 1)
+
+    session.restore(kept)
+    fail()
+    for go_on in (lambda: decode(session, 1), session.snapshot):
+        with pytest.raises(CallError, match="an earlier call failed and left no states; reset the session, or restore"):
+            go_on()
+    session.restore(kept)
+    assert np.array_equal(decode(session, 1), second)
+    session.restore(kept)
+    fail()
+    session.reset()
+    assert np.array_equal(decode(session), first) and np.array_equal(decode(session, 1), second)
+
+
+def test_a_picture_that_fails_costs_no_conversation(
+    stages: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = opened(*stages)
+    decode(session)
+    kept = session.snapshot()
+    second = decode(session, 1)
+    session.restore(kept)
+    name = next(name for name in stages[1]["signatures"] if name.startswith("vision_"))
+    (image,) = stages[1]["signatures"][name]["inputs"]
+    session.load([name])
+
+    def failing(function: str, inputs: Any) -> Any:
+        raise RuntimeError("no memory for a picture")
+
     with monkeypatch.context() as patch:
-        patch.setattr(last, "run", failing)
-        with pytest.raises(RuntimeError, match="the runtime stopped"):
-            decode(session)
-    with pytest.raises(CallError, match="an earlier call failed and left no states; reset the session, or restore"):
-        decode(session)
-    go_on: list[Callable[[], None]] = [session.reset, lambda: session.restore(kept)]
-    for remedy in go_on:
-        session._failed = True
-        remedy()
-        assert np.array_equal(decode(session), expected)
+        patch.setattr(session._backends["vision.mlpackage"], "run", failing)
+        with pytest.raises(RuntimeError, match="no memory for a picture"):
+            session.run(name, {"image": np.zeros(image["shape"], np.float32)})
+    assert np.array_equal(decode(session, 1), second)

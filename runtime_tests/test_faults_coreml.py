@@ -44,7 +44,7 @@ from runtime_tests.faults_coreml import (
     fault,
     names,
 )
-from runtime_tests.faults_coreml_files import ASYMMETRIC, INT4, L2, PALETTES
+from runtime_tests.faults_coreml_files import ASYMMETRIC, INT4, L2, ONE_PALETTE, PALETTES
 from targets import load_target
 from targets.base import Job
 from targets.to_coreml import delta_rule
@@ -186,7 +186,12 @@ BUILDS: dict[str, dict[str, Any]] = {
     "explicit": EXPLICIT,
     "pieces": {**PIECES, **SEES},
 }
-STORED: dict[str, dict[str, Any]] = {"int4": {}, "palettes": {**PALETTES, **PIECES}, "asymmetric": ASYMMETRIC}
+STORED: dict[str, dict[str, Any]] = {
+    "int4": {},
+    "palettes": {**PALETTES, **PIECES},
+    "palettes on gpu": {**ONE_PALETTE, **PIECES},
+    "asymmetric": ASYMMETRIC,
+}
 
 
 @pytest.fixture(scope="module")

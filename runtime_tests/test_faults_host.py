@@ -98,6 +98,21 @@ def test_l0_catches(fault: str, case: Case, monkeypatch: Patch) -> None:
 L3 = host(OnnxSession, zeroed)
 
 
+def test_every_fault_of_a_host_is_there() -> None:
+    assert list(L3) == [
+        "image positions as text",
+        "one axis of positions for all three",
+        "colours of the picture exchanged",
+        "two pictures exchanged",
+        "rows of a picture reversed",
+        "padding counted as valid",
+        "conv state not carried",
+        "recurrent state not carried",
+        "keys not carried",
+        "values not carried",
+    ]
+
+
 @pytest.mark.parametrize("fault", list(L3))
 def test_l3_catches(fault: str, case: Case, monkeypatch: Patch) -> None:
     assert case.truth

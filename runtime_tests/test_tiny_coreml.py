@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def test_the_plan_is_close_to_what_is_written(unchecked: Bundle) -> None:
     planned = plan.make(arguments.spec_from(arguments.build_parser().parse_args(words)))
     written = sum(entry["bytes"] for entry in unchecked.manifest["files"] if entry["path"].endswith("weight.bin"))
     assert planned.bundle_bytes == pytest.approx(written, rel=0.05)
+    states = unchecked.manifest["states"]
+    assert planned.state_bytes == sum(math.prod(s["shape"]) * np.dtype(s["dtype"]).itemsize for s in states)
 
 
 def test_an_emulation_is_never_called_a_host(unchecked: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ target's own module is: what a spec asks for is checked before anything heavy is
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 Arrays: TypeAlias = "dict[str, NDArray[Any]]"
 Rows: TypeAlias = "tuple[int, Tensor]"
 """First row, float32 rows [r, K]."""
+UNBOUNDED = sys.maxsize
+"""A limit in bytes that no file reaches."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ class Capabilities:
     """The head can be cut into pieces of some columns."""
     palettes: bool = False
     """Symmetric 4-bit codes can be stored as indices into a palette."""
+    row_multiple: int = 1
+    """Rows of a cache are a multiple of this."""
+    histories: Mapping[str, int] = field(default_factory=dict)
+    """Profile -> inputs that a convolution state keeps, where they are more than the convolution needs."""
     emulated_bytes: int | None = None
     """Most memory that an emulator of the runtime keeps weights in, as float32; None: the runtime itself runs here, and
     keeps them as they are stored."""
@@ -114,7 +121,9 @@ class Job:
     max_file_layers: int | None = None
     """Decoder layers a file may hold; None: any number."""
     max_file_bytes: int | None = None
-    """Bytes of weights a decoder file may hold; None: any number. A layer or the head larger than that is refused."""
+    """Bytes of weights a decoder file may hold, and with Core ML the vision encoder's; None: the target's own limit, if
+    it has one. A layer, the head or an encoder larger than that is refused.
+    """
     text_runner: bool = False
     """Also write what the runtime's own runner of text models calls."""
     profile: str = "cpu"

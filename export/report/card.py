@@ -71,11 +71,13 @@ def gate(check: dict[str, Any]) -> str:
     return f"{'≥' if check['at_least'] else '≤'} {check['limit']:g}"
 
 
-def source(report: dict[str, Any], rung: str) -> str:
-    """Where the numbers of a rung that runs the bundle come from, host or emulated; "unknown" in reports that do not
-    say so; empty for the other rungs, whose numbers no runtime changes.
+def source(report: dict[str, Any], name: str) -> str:
+    """Where the numbers of a rung or check that runs the bundle come from, host or emulated; "unknown" in reports that
+    do not say so; empty for the other rungs, whose numbers no runtime changes.
     """
-    return str(report.get("measured", "unknown")) if rung in ("L1", "L3") else ""
+    if name.startswith("L1.exact"):  # no runtime reads float16 as float32
+        return "emulated"
+    return str(report.get("measured", "unknown")) if name[:2] in ("L1", "L3") else ""
 
 
 def render(manifest: dict[str, Any], report: dict[str, Any] | None, loading: str) -> str:

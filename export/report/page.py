@@ -41,10 +41,12 @@ PAGE = """<!doctype html>
 {% for note in rung.get("notes", []) %}<p class="sub">{{ note }}</p>
 {% endfor %}{% endfor %}
 {% if r.lint is not none %}<h2>Linter</h2>
-<p class="sub">{{ "What devices are known to object to; none of it stopped the build." if r.lint else
+<p class="sub">{{ "What devices are known to object to. Errors stop a build." if r.lint else
 "Nothing found that devices are known to object to." }}</p>{% endif %}
-{% if r.lint %}<table><tr><th>rule</th><th class="n">findings</th><th>first</th><th>what</th><th>source</th></tr>
-{% for f in r.lint %}<tr><td>{{ f.rule }}</td><td class="n">{{ f.count }}</td><td class="g">{{ f.where }}</td>
+{% if r.lint %}<table><tr><th>rule</th><th></th><th class="n">findings</th><th>first</th><th>what</th>
+<th>source</th></tr>
+{% for f in r.lint %}<tr><td>{{ f.rule }}</td><td>{{ f.severity }}</td><td class="n">{{ f.count }}</td>
+<td class="g">{{ f.where }}</td>
 <td class="reason">{{ f.text }}</td><td class="reason">{{ f.source }}</td></tr>{% endfor %}</table>{% endif %}
 {% for title, svg in plots %}<figure><h2>{{ title }}</h2>{{ svg | safe }}</figure>{% endfor %}
 {% if r.latency %}{% set real = r.latency.bundle.decode.source == "host" %}

@@ -19,7 +19,7 @@ from export.validate.gates import Check, check
 from export.validate.lowered import shallow
 from export.validate.probe import make_probe
 from export.validate.replay import replay
-from targets.base import Job, Session
+from targets.base import UNBOUNDED, Job, Session
 
 FULL_CACHE_TOKENS = 4096
 STRESS_STEPS = 16
@@ -101,6 +101,7 @@ def _in_layout(case: Case, layout: str, context_length: int) -> Iterator[Session
             case.prefill_lengths,
             (),
             Path(scratch),
+            max_file_bytes=UNBOUNDED,  # no phone maps these files; the bundle may have had a limit of its own
             profile=case.manifest["target"]["profile"],
             state_layout=layout,
         )

@@ -21,7 +21,7 @@ from export.validate import latency, task
 from export.validate.case import Case
 from export.validate.ladder import RUNGS, climb
 from export.validate.probe import image_tokens
-from targets.base import Target, grouped, refuse
+from targets.base import Finding, Target, grouped
 
 PROBE_TEXT = {TINY: 160}
 """Tokens of text in the probe, beside its two pictures; 64 for the other sizes, whose reference takes longer."""
@@ -53,24 +53,25 @@ def judge(
     rungs: tuple[str, ...] = RUNGS,
     with_latency: bool = True,
     drift_steps: int | None = None,
+    on_findings: Callable[[list[Finding]], None] = lambda findings: None,
 ) -> dict[str, Any]:
     """Run the linter and the rungs on a bundle folder and measure it.
 
     Args:
         rungs: the linter runs with all of them only. drift_steps: decode steps of the drift check; None: by what
-            states are kept in, and none for random weights.
+            states are kept in, and none for random weights. on_findings: is given what the linter found before the
+            first rung; raises to stop here.
 
     Returns:
         The content of parity.json, and under "latency" that of latency.json. "measured" says where the numbers of L1
-        and L3 come from (host or emulated); "lint" is there where the target has a linter.
-
-    Raises:
-        ExportError: the linter holds an error against the bundle.
+        and L3 come from (host or emulated); "lint" is there where the target has a linter, whose errors count as
+        failed gates do.
     """
     findings = None
     if set(rungs) == set(RUNGS):
         with stage("lint"):
-            findings = lint(target, folder, manifest, activations=True)
+            findings = target.lint(folder, manifest, activations=True)
+        on_findings(findings or [])
     size = manifest["model"]["size"]
     random = manifest["model"]["source"]["kind"] == "random"
     if drift_steps is None:
@@ -105,33 +106,15 @@ def judge(
             results += climb(case, (rung,))
     report: dict[str, Any] = {
         "rungs": {r.name: finite(r.as_json()) for r in results},
-        "passed": all(r.status == "PASS" for r in results),
+        "passed": all(r.status == "PASS" for r in results) and not any(f.severity == "error" for f in findings or ()),
         "measured": target.measured,
     }
     if findings is not None:
-        report["lint"] = findings
+        report["lint"] = grouped(findings)
     if with_latency:
         with stage("latency"):
             report["latency"] = measure(checkpoint, config, target, folder, manifest, threads)
     return report
-
-
-def lint(
-    target: Target, folder: Path, manifest: dict[str, Any], *, activations: bool
-) -> list[dict[str, Any]] | None:
-    """The linter's findings as a report holds them; None where the target has no linter.
-
-    Args:
-        activations: see `targets.base.Target.lint`.
-
-    Raises:
-        ExportError: one of them is an error.
-    """
-    findings = target.lint(folder, manifest, activations=activations)
-    if findings is None:
-        return None
-    refuse(findings)
-    return grouped(findings)
 
 
 def _skills(checkpoint: Checkpoint, config: ModelConfig, manifest: dict[str, Any]) -> tuple[str, ...]:
@@ -242,14 +225,15 @@ def bandwidth_share(bursts: list[dict[str, Any]], decode_bytes: int) -> dict[str
 
 
 def failures(report: dict[str, Any]) -> list[str]:
-    """One line per failed check: name, value, limit."""
+    """One line per failed check: name, value, limit; and per error of the linter: where, what, rule."""
     lines = []
     for rung in report["rungs"].values():
         for check in rung["checks"]:
             if check["status"] == "FAIL":
                 rule = "at least" if check["at_least"] else "at most"
                 lines.append(f"{check['name']} is {float(check['value']):.3g}, must be {rule} {check['limit']:g}")
-    return lines
+    errors = [found for found in report.get("lint") or () if found["severity"] == "error"]
+    return lines + [f"{found['where']} {found['text']} [{found['rule']}]" for found in errors]
 
 
 def finite(value: Any) -> Any:

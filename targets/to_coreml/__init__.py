@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from targets.base import Capabilities, Finding, Job, Lowered, OperatorTime, Rows, Session
-from targets.to_coreml.profiles import PROFILES, STATE_LAYOUTS
+from targets.to_coreml.profiles import ALIGNED_ROWS, PROFILES, STATE_LAYOUTS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,6 +48,8 @@ class CoreMLTarget:
         state_layouts=tuple(STATE_LAYOUTS),
         head_pieces=True,
         palettes=True,
+        row_multiple=ALIGNED_ROWS,
+        histories={name: kind.history for name, kind in PROFILES.items() if kind.history is not None},
         emulated_bytes=WEIGHT_BYTES,
     )
 

@@ -17,6 +17,7 @@ from export.quantize.recipe import Setting
 from export.spec import UsageError
 from targets.base import Job
 from targets.to_coreml.blob import BITS, DTYPES
+from targets.to_coreml.profiles import ALIGNED_ROWS
 
 HEAD, CONVOLUTION = "decoder.head.weight", ".conv_weight"
 MAX_BYTES = 900_000_000
@@ -29,8 +30,6 @@ PALETTE = 16
 """Numbers in a palette."""
 ALIGNMENT = 64
 """Of everything in a weight file, in bytes; a record has as many."""
-ALIGNED_ROWS = 32
-"""Rows of a cache are a multiple of this, as the Neural Engine wants of every axis of a state."""
 SIGNED, UNSIGNED = "int4", "uint4"
 
 Form = Literal["signed", "offset", "table", "palette", "palettes"]
@@ -70,7 +69,7 @@ def padded_rows(job: Job) -> int:
 
 
 def limit(job: Job) -> int:
-    """Bytes that the weight file of a decoder package may have."""
+    """Bytes that the weight file of a package may have."""
     return job.max_file_bytes or MAX_BYTES
 
 

@@ -129,11 +129,14 @@ def processors(subject: Subject, view: View) -> Iterator[Hit]:
         text = f"{_listed(moving)} whose place the call decides; such slices run on the CPU: use products with masks"
         yield Hit("ane-dynamic-slice", some([o.name for o in moving]), text)
     for rule, kind, text in (
-        ("ane-linear", "linear", "where the Neural Engine has 1x1 convolutions: lower with --profile ane"),
+        (
+            "ane-linear", "linear",
+            "where the Neural Engine has 1x1 convolutions: export the bundle again; profile ane makes those of it",
+        ),
         (
             "ane-attention", "scaled_dot_product_attention",
-            "which the Neural Engine of iOS 26 computes wrongly, and whose masks older ones may ignore: lower with "
-            "--profile ane, which makes products and a softmax of it",
+            "which the Neural Engine of iOS 26 computes wrongly, and whose masks older ones may ignore: export "
+            "the bundle again; profile ane makes products and a softmax of it",
         ),
     ):  # fmt: skip
         found = [o for o in running if o.type == kind]
@@ -178,17 +181,20 @@ def wrong_results(subject: Subject, view: View) -> Iterator[Hit]:
 
 
 def compressed_weights(subject: Subject) -> Iterator[Hit]:
-    """Forms of compressed weights that the Neural Engine refuses, or crashes on; each weight once."""
-    blockwise, scaled, small = list[Operation](), list[Operation](), list[Operation]()
+    """Forms of compressed weights that a compute unit refuses, crashes on, or was not tried with; each weight once."""
+    blockwise, scaled, grouped, small = (list[Operation]() for _ in range(4))
     weights = {operation.name: (view, operation) for view in subject.views for operation in view.operations}
     for view, operation in weights.values():
         if operation.type == "constexpr_blockwise_shift_scale":
             scale = view.type_of(operation, "scale")
-            if scale is not None and max(scale.shape[1:], default=1) > 1:
+            several = scale is not None and max(scale.shape[1:], default=1) > 1
+            if several:
                 blockwise.append(operation)
             makers = [view.makers.get(name) for name in references(operation.inputs.get("data", ()))]
             if any(maker is not None and maker.type == "constexpr_lut_to_dense" for maker in makers):
                 scaled.append(operation)
+                if several:
+                    grouped.append(operation)
         elif operation.type == "constexpr_lut_to_dense":
             table = view.type_of(operation, "lut")
             if table is not None and max(table.shape[1:-2], default=1) > 1:
@@ -207,6 +213,12 @@ def compressed_weights(subject: Subject) -> Iterator[Hit]:
             "palette-scale", some([o.name for o in scaled]),
             f"scales over palettes in {len(scaled)} weights; the Neural Engine's compiler rejects them while the app "
             "loads the model: put the scales into the palettes, or leave out --palettes",
+        )  # fmt: skip
+    if grouped:
+        yield Hit(
+            "palette-unmeasured", some([o.name for o in grouped]),
+            f"scales per group over palettes in {len(grouped)} weights; no device was measured with more than one "
+            "scale per output channel: try the package on the device first, or leave out --palettes",
         )  # fmt: skip
     states = max((len(view.function.states) for view in subject.views), default=0)
     if small and states:

@@ -146,6 +146,10 @@ RULES: dict[str, Rule] = {
         "error", f"{PULLS}2688, measured on macOS 26",
         "MPSGraph rejects it while the model loads, and the app dies; CPU and GPU take it",
     ),
+    "palette-unmeasured": Rule(
+        "warning", None, f"{PULLS}2688, measured on macOS 26 with one scale per output channel",
+        "CPU and GPU took that; scales per group over a palette, which the format allows, are in no report",
+    ),
     "palette-stateful": _ane(
         "warning", f"{ISSUES}2716", "4-bit palettes of coremltools 9.0 beside states crash after 100 to 200 calls"
     ),

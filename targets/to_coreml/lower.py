@@ -43,6 +43,11 @@ VISION_TENSORS = {
     "image": "RGB in 0...1, resized to the function's size; normalisation is inside.",
     "image_embeddings": "One row for each <|image_pad|> token, in their order.",
 }
+REMEDIES = {
+    "decoder": ", or put fewer layers into a package with --max-file-layers",
+    "vision": ", or leave the vision encoder out with --no-vision: it is not cut",
+}
+"""What to do, by role, when a package is too large and the limit cannot be raised."""
 Stage = dict[str, Any]
 
 
@@ -55,6 +60,10 @@ def lower(job: Job) -> Lowered:
     described: list[dict[str, Any]] = []
     written: dict[str, str] = {}
     table: Stage | None = None
+    if job.image_sizes and job.config.vision is not None:  # first: one that is too large costs no decoder
+        weights = WeightFile(job.quantizer, job.advance)
+        functions, stages = _vision(job, weights)
+        written |= _write(job, VISION, "vision", functions, weights, VISION_TENSORS)
     for part in parts:
         weights = WeightFile(job.quantizer, job.advance)
         builder = _Decoder(job, part, Storage(part.head, part.tied, job.palettes), weights)
@@ -63,18 +72,13 @@ def lower(job: Job) -> Lowered:
             name, functions[name], stage = builder.function(tokens)
             stages.setdefault(name, []).append(stage)
         described += [k.as_manifest() for k in builder.kept]
-        written |= _write(job, part.file, "decoder", functions, weights, builder.tensors, limit(job))
+        written |= _write(job, part.file, "decoder", functions, weights, builder.tensors)
         if part.tied:
             table = _table(job, f"{part.file}/{INSIDE}/{WEIGHTS}", weights)
     if table is None:
         table = _write_table(job)
         written[EMBEDDING] = "embedding"
     stages["embed"] = [table]
-    if job.image_sizes and job.config.vision is not None:
-        weights = WeightFile(job.quantizer, job.advance)
-        functions, found = _vision(job, weights)
-        stages |= found
-        written |= _write(job, VISION, "vision", functions, weights, VISION_TENSORS)
     called = signatures(job, stages.__getitem__, floats=FLOATS, pieces=[len(piece) for piece in head])
     return Lowered(called, described, written, {"computeUnits": kind.compute_units})
 
@@ -86,7 +90,6 @@ def _write(
     functions: Mapping[str, Any],
     weights: WeightFile,
     tensors: Mapping[str, str],
-    most: int | None = None,
 ) -> dict[str, str]:
     """Write a package, unless a whole one is there from before; returns its files with their role."""
     path = job.folder / name
@@ -99,7 +102,7 @@ def _write(
             {function: purpose(function) for function in functions},
             tensors,
         )
-        write_package(path, functions, weights, said, most)
+        write_package(path, functions, weights, said, limit(job), REMEDIES[role])
     else:
         job.advance(weights.elements)
     return {str(file.relative_to(job.folder).as_posix()): role for file in files(path)}

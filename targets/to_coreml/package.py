@@ -62,12 +62,18 @@ class _Exporter(MILProtoExporter):  # type: ignore[misc]
 
 
 def write_package(
-    path: Path, functions: Mapping[str, Function], weights: WeightFile, said: Description, most: int | None = None
+    path: Path,
+    functions: Mapping[str, Function],
+    weights: WeightFile,
+    said: Description,
+    most: int | None = None,
+    remedy: str = "",
 ) -> list[Path]:
     """Write a package; its Manifest.json last, so that one without it is not whole.
 
     Args:
         most: bytes that its weight file may have, of which nothing is written if it would have more.
+        remedy: what else to do then than allow more.
 
     Returns:
         every file of the package.
@@ -85,7 +91,7 @@ def write_package(
     if most is not None and weights.size > most:  # all constants are planned by now
         raise UsageError(
             f"--max-file-size {most}: the weights of {path.name} would have {weights.size} bytes; "
-            f"give at least {weights.size}, or put fewer layers into a package with --max-file-layers"
+            f"give at least {weights.size}{remedy}"
         )
     _describe(model, functions, said)
     data = path / INSIDE

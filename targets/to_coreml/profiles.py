@@ -15,6 +15,8 @@ STATE_LAYOUTS = {
     "explicit": "recurrent states as float32 inputs and outputs, the others one state per tensor",
 }
 """How states are kept, and what that means."""
+ALIGNED_ROWS = 32
+"""Rows of a cache are a multiple of this, as the Neural Engine wants of every axis of a state."""
 
 
 @dataclass(frozen=True)

@@ -125,33 +125,44 @@ class CoreMLSession:
 
     def run(self, signature: str, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         entry = check_call(self._manifest, signature, inputs)
-        if "start" in inputs and self._failed:
-            raise CallError("an earlier call failed and left no states; reset the session, or restore a snapshot")
+        if "start" in inputs:
+            self._require_states()
         self.load([signature])  # all of it, because after a stage has run its states are new
         values: dict[str, NDArray[Any]] = dict(inputs)
+        try:
+            self._run_stages(signature, entry, values)
+        except BaseException:
+            if "start" in inputs:
+                self._failed = True  # states of earlier stages are new, the others old
+            raise
+        return {tensor["name"]: values[tensor["name"]] for tensor in entry["outputs"]}
+
+    def _run_stages(self, signature: str, entry: Mapping[str, Any], values: dict[str, NDArray[Any]]) -> None:
+        """Add the outputs of every stage to the values, which have the inputs."""
         dtypes = {tensor["name"]: tensor["dtype"] for tensor in entry["outputs"]}
         for stage in entry["stages"]:
             if stage["kind"] == "table":
-                table = self._tables.setdefault(signature, Table(self._folder, stage))
+                if signature not in self._tables:
+                    self._tables[signature] = Table(self._folder, stage)
+                table = self._tables[signature]
                 ((source, _),) = stage["inputs"].items()
                 ((result, _),) = stage["outputs"].items()
-                values[result] = table.of(inputs[source]).astype(dtypes[result])
+                values[result] = table.of(values[source]).astype(dtypes[result])
             else:
                 self._run_graph(stage, values)
-        return {name: values[name] for name in dtypes}
 
     def _run_graph(self, stage: Mapping[str, Any], values: dict[str, NDArray[Any]]) -> None:
         given = {runtime: values[name] for name, runtime in stage["inputs"].items()}
         explicit = {name: how for name, how in stage.get("states", {}).items() if how != "internal"}
         given |= {how["input"]: self._explicit[name] for name, how in explicit.items()}
-        try:
-            results = self._backend(stage["file"]).run(stage["entry"], given)
-        except BaseException:
-            self._failed = True  # states of earlier stages are new, the others old
-            raise
+        results = self._backend(stage["file"]).run(stage["entry"], given)
         for name, runtime in stage["outputs"].items():
             values[name] = results[runtime]
         self._explicit |= {name: results[how["output"]] for name, how in explicit.items()}
+
+    def _require_states(self) -> None:
+        if self._failed:
+            raise CallError("an earlier call failed and left no states; reset the session, or restore a snapshot")
 
     def reset(self) -> None:
         self._saved, self._failed = None, False
@@ -164,6 +175,7 @@ class CoreMLSession:
         }
 
     def snapshot(self) -> tuple[dict[str, Arrays], Arrays]:
+        self._require_states()
         states = {file: backend.states() for file, backend in self._backends.items()}
         return states, {name: array.copy() for name, array in self._explicit.items()}
 

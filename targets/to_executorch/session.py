@@ -96,7 +96,8 @@ class ExecuTorchSession:
             method = self._method(stage)
             results = runtime.call(method, [arguments[place] for place in range(len(arguments))], stage["entry"])
         except BaseException:
-            self._states = {}  # those of earlier stages are new, the others old
+            if "start" in stage["inputs"]:  # a picture touches no state
+                self._states = {}  # those of earlier stages are new, the others old
             raise
         for name, place in stage["outputs"].items():
             values[name] = results[int(place)]
