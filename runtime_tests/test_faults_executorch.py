@@ -287,14 +287,14 @@ def row_early(field: str, row_bytes: int) -> Patcher:
     """The embedding's table begins a row too early in the file."""
 
     def make(right: Any) -> Any:
-        def wrong(*inputs: Any) -> Any:
-            stage = right(*inputs)
+        def wrong(*inputs: Any, **options: Any) -> Any:
+            stage = right(*inputs, **options)
             stage["table"][field] -= row_bytes
             return stage
 
         return wrong
 
-    return replaced(lower, "_table", make)
+    return replaced(lower, "table_stage", make)
 
 
 CONV, GATES, NORM = "mobile.causal_conv.default", "mobile.delta_gates.default", "mobile.l2_norm.default"
