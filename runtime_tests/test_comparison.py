@@ -16,7 +16,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import torch
 
 from export import arguments, compare
 from export.__main__ import main
@@ -26,14 +25,11 @@ from export.spec import ExportError, UsageError
 from export.validate import judge
 from export.validate.gates import GATES, Gate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = ["--target", "onnx", "--size", "tiny", "--num-layers", "1", "--no-vision", "--context-length", "128"]
 ONE = ["--quiet", "--threads", "1"]
 NAMES = ["qwen3.5-tiny-onnx-int4", "qwen3.5-tiny-onnx-int8"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from export import commands
 from export.__main__ import main
@@ -30,6 +29,8 @@ from export.validate.probe import make_probe
 from runtime_tests.conftest import MemoryCheckpoint, build, variant
 from targets import load_target
 from targets.base import Finding, Target
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LINEAR, FULL = "linear_attention", "full_attention"
 CONFIG = variant(
@@ -47,14 +48,6 @@ WARNING = Finding("overflow", "warning", "a.mlpackage", "decode", "add_1", "a te
 @contextmanager
 def silent(name: str) -> Iterator[None]:
     yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,8 @@ from targets.to_coreml.program import Package
 from targets.to_coreml.second_opinion import AFTER, Opinion, session_options, translate
 from targets.to_coreml.second_opinion_graph import Untranslatable
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Array = NDArray[Any]
 
 ROUNDED = 2e-2
@@ -84,15 +86,6 @@ ALL = [
     *(Case("base", p, "separate", r) for p in PROFILES for r in ("int8", "int4", "int4-mixed", "int4-asym")),
     *(Case("base", p, "separate", "int4", palettes=True) for p in PROFILES),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small products are faster so."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -377,7 +377,39 @@ def test_a_failed_call_leaves_no_states_to_go_on_with(built: Built, monkeypatch:
     with pytest.raises(ExportError, match="an earlier call failed and left no states; reset the session, or restore"):
         talk.feed([13])
     talk.restore(kept)
+    picture = next(name for name in built[1]["signatures"] if name.startswith("vision_"))
+    (image,) = built[1]["signatures"][picture]["inputs"]
+    with monkeypatch.context() as patch:  # a picture that fails costs no conversation
+        patch.setattr(runtime, "call", failing)
+        with pytest.raises(ExportError, match="the runtime stopped"):
+            session.run(picture, {"image": np.zeros(image["shape"], np.float32)})
     assert np.array_equal(talk.feed([12]), expected)
+    session.close()
+
+
+def test_a_failure_in_the_last_of_several_files_leaves_no_states(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ones have new states by then, whatever the last one is given: here hidden rows for the head."""
+    _, manifest, _ = build(small, tmp_path, Recipe.unquantised(), NAME, lengths=(16,), max_file_layers=1)
+    session = load_target(NAME).open(tmp_path, manifest, 1)
+    talk = Conversation(session, Contract.of(manifest))
+    talk.feed([9])
+    right, calls = runtime.call, []
+
+    def failing(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == len(manifest["signatures"]["decode"]["stages"]):
+            raise ExportError("the runtime stopped")
+        return right(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "call", failing)
+        with pytest.raises(ExportError, match="the runtime stopped"):
+            talk.feed([10])
+    assert len(calls) > 1
+    with pytest.raises(ExportError, match="an earlier call failed and left no states; reset the session, or restore"):
+        talk.feed([10])
     session.close()
 
 

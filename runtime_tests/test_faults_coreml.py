@@ -9,14 +9,13 @@ each mechanism once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from coremltools.converters.mil.mil import Builder as mb
 
 from export.checkpoint.weights import Weights
@@ -51,6 +50,8 @@ from targets.to_coreml import delta_rule
 from targets.to_coreml.lint import lint_bundle
 from targets.to_coreml.session import CoreMLSession
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME = "coreml"
 LENGTHS = (16,)
 TOKENS = 48
@@ -78,15 +79,6 @@ def seeing() -> MemoryCheckpoint:
     return MemoryCheckpoint(
         variant(num_hidden_layers=2, layer_types=[LINEAR, FULL], vocab_size=256, vision={"depth": 1})
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are so small that two threads would wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

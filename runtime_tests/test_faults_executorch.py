@@ -8,13 +8,12 @@ them: tracing, and the serialiser's look-ups of type hints (together most of the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from executorch.exir._serialize import _dataclass
 
 from export.checkpoint import weights as weights_module
@@ -31,6 +30,8 @@ from targets.to_executorch.pack import WeightTable
 from targets.to_executorch.program import Method
 from targets.to_executorch.session import ExecuTorchSession
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAME = "executorch"
 LENGTHS = (16,)
 
@@ -43,15 +44,6 @@ def model() -> MemoryCheckpoint:
         if "conv1d" in name:
             tensor[:128] *= 5e-3
     return checkpoint
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The reference's tensors are so small that two threads would wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from export.__main__ import main
 from export.bundle.reader import Bundle
@@ -21,13 +20,10 @@ from targets import load_target
 from targets.to_onnx import graph, operators
 from targets.to_onnx.session import OnnxSession
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MEASURED = {"latency.json", "report.html", "README.md", "parity.json", "manifest.json"}
 EXPORT = ["--target", "onnx", "--size", "tiny", "--checkpoint", "random", "--num-layers", "4", "--quiet"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def export(output: Path, *more: str) -> int:

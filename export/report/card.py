@@ -35,8 +35,7 @@ Read `manifest.json` to find out what is inside; it is the contract of this fold
 | rung | check | value | gate | status | source |
 |---|---|---|---|---|---|
 {% for name, rung in report.rungs.items() -%}
-{% set from = source(report, name) or "–" -%}
-{% for c in rung.checks -%}
+{% for c in rung.checks -%}{% set from = source(report, c.name) or "–" -%}
 | {{ name }} | {{ c.name }} | {{ number(c.value) }} | {{ gate(c) }} | {{ c.status }} | {{ from }} |
 {% endfor -%}
 {% endfor %}

@@ -73,14 +73,19 @@ class ExecuTorchSession:
         }
         start = int(inputs["start"][0]) if "start" in inputs else 0
         valid = int(inputs["valid"][0]) if "valid" in inputs else 1
-        for stage in entry["stages"]:
-            if stage["kind"] == "table":
-                table = self._table(signature, stage)
-                ((source, _),) = stage["inputs"].items()
-                ((result, _),) = stage["outputs"].items()
-                values[result] = torch.from_numpy(table.of(inputs[source]))
-            else:
-                self._run_graph(stage, values, start, valid)
+        try:
+            for stage in entry["stages"]:
+                if stage["kind"] == "table":
+                    table = self._table(signature, stage)
+                    ((source, _),) = stage["inputs"].items()
+                    ((result, _),) = stage["outputs"].items()
+                    values[result] = torch.from_numpy(table.of(inputs[source]))
+                else:
+                    self._run_graph(stage, values, start, valid)
+        except BaseException:
+            if "start" in inputs:  # a picture touches no state
+                self._states = {}  # those of earlier stages are new, the others old
+            raise
         return {tensor["name"]: values[tensor["name"]].numpy().copy() for tensor in entry["outputs"]}
 
     def _table(self, signature: str, stage: Mapping[str, Any]) -> Table:
@@ -92,13 +97,8 @@ class ExecuTorchSession:
         states = stage.get("states", {})
         arguments: dict[int, torch.Tensor] = {int(place): values[name] for name, place in stage["inputs"].items()}
         arguments |= {int(binding["input"]): self._states[name] for name, binding in states.items()}
-        try:
-            method = self._method(stage)
-            results = runtime.call(method, [arguments[place] for place in range(len(arguments))], stage["entry"])
-        except BaseException:
-            if "start" in stage["inputs"]:  # a picture touches no state
-                self._states = {}  # those of earlier stages are new, the others old
-            raise
+        method = self._method(stage)
+        results = runtime.call(method, [arguments[place] for place in range(len(arguments))], stage["entry"])
         for name, place in stage["outputs"].items():
             values[name] = results[int(place)]
         for name, binding in states.items():
