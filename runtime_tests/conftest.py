@@ -83,11 +83,13 @@ class MemoryCheckpoint:
     """A checkpoint held in memory: transformers' own initialisation, made lively by noise."""
 
     preprocessor = None
+    folder: Path | None = None
 
     def __init__(self, config: dict[str, Any], seed: int = 0) -> None:
         from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
         self.config = config
+        self.notices: list[str] = []
         self.source = {"kind": "random", "id": "memory", "revision": None, "seed": seed}
         torch.manual_seed(seed)
         model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(**copy.deepcopy(config)))

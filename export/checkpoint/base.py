@@ -33,8 +33,14 @@ class Checkpoint(Protocol):
         config: config.json as read.
         model_config: its dimensions, all layers and vision included.
         source: `model.source` of the manifest: kind, id, revision, seed.
-        preprocessor: preprocessor_config.json, or None.
+        preprocessor: what the checkpoint's image processor is told (preprocessor_config.json, or the part of
+            processor_config.json about pictures), or None.
+        folder: where transformers can load the same model from by itself, or None.
+        notices: whole sentences for the user about what was found on opening.
     """
+
+    folder: Path | None
+    notices: list[str]
 
     @property
     def config(self) -> Mapping[str, Any]: ...

@@ -57,6 +57,8 @@ class FolderCheckpoint:
 
     def __init__(self, path: Path | str, source: dict[str, Any] | None = None) -> None:
         self.path = Path(path)
+        self.folder: Path | None = self.path
+        self.notices: list[str] = []
         if not self.path.is_dir():
             raise CheckpointError(
                 f"checkpoint {self.path} is not a folder; give a folder with config.json and {SINGLE}, "

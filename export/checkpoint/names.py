@@ -1,6 +1,7 @@
-"""The published tensor names and shapes that a config implies, and the check of a checkpoint against them.
+"""The published tensor names and shapes that a config implies, and how other tools spell the names.
 
-The table mirrors the state dict of transformers' Qwen3_5ForConditionalGeneration; a test compares both.
+`expected` mirrors the state dict of transformers' Qwen3_5ForConditionalGeneration; a test compares both.
+`canonical` turns the spelling of every known tool into that one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,48 @@ from export.model.config import LINEAR, ModelConfig, TextConfig, VisionConfig
 
 Shape = tuple[int, ...]
 MTP_NOTICE = "mtp.* is not exported yet"
+
+WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
+"""What PEFT, DistributedDataParallel and torch.compile put before every name of the model they wrap."""
+
+PREFIXES: tuple[tuple[str, str], ...] = (
+    # Qwen3_5ForConditionalGeneration, the published form; some trainers keep the encoder inside the decoder
+    ("model.language_model.visual.", "model.visual."),
+    ("model.language_model.", "model.language_model."),
+    ("model.visual.", "model.visual."),
+    ("lm_head.", "lm_head."),
+    ("mtp.", "mtp."),
+    # MLX and vLLM: the decoder is a model of its own
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("vision_tower.", "model.visual."),
+    # Qwen3_5Model, saved without the head
+    ("language_model.", "model.language_model."),
+    ("visual.", "model.visual."),
+    # Qwen3_5ForCausalLM, and Qwen2-VL's older spelling
+    ("model.embed_tokens.", "model.language_model.embed_tokens."),
+    ("model.layers.", "model.language_model.layers."),
+    ("model.norm.", "model.language_model.norm."),
+    # Qwen3_5TextModel
+    ("embed_tokens.", "model.language_model.embed_tokens."),
+    ("layers.", "model.language_model.layers."),
+    ("norm.", "model.language_model.norm."),
+)
+"""How a stored name begins -> how the published one does. The first row that fits counts."""
+
+
+def canonical(name: str) -> str:
+    """The published spelling of a tensor's name (or of a module's path with a closing dot); unknown ones stay."""
+    stripped = True
+    while stripped:
+        stripped = False
+        for wrapper in WRAPPERS:
+            if name.startswith(wrapper):
+                name, stripped = name[len(wrapper) :], True
+    for stored, published in PREFIXES:
+        if name.startswith(stored):
+            return published + name[len(stored) :]
+    return name
 
 
 def expected(config: ModelConfig) -> dict[str, Shape]:

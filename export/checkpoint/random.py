@@ -37,6 +37,8 @@ class RandomCheckpoint:
     ) -> None:
         self.config = config
         self.seed = seed
+        self.folder: Path | None = None
+        self.notices: list[str] = []
         self.preprocessor: Mapping[str, Any] | None = None
         self.model_config = ModelConfig.from_dict(config, None)
         self.source: dict[str, Any] = {"kind": "random", "id": label, "revision": None, "seed": seed}
