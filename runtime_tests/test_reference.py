@@ -22,7 +22,7 @@ SIZES = ((64, 96), (96, 64))
 def sequence(checkpoint: Any, tokens: int) -> tuple[Any, np.ndarray]:
     probe = make_probe(checkpoint.model_config, tokens, SIZES)
     rows = reference.embed(checkpoint, probe.ids)
-    images = [reference.hf_vision(checkpoint, checkpoint.model_config, i) for i in probe.images]
+    images = reference.hf_vision(checkpoint, checkpoint.model_config, probe.images)
     return probe, splice(rows, probe.ids, 5, images)
 
 
@@ -64,8 +64,7 @@ def test_own_modules_equal_transformers_after_chunks_images_and_steps(checkpoint
     own, own_states = reference.own_sequence(weights, rows, probe.positions, plan, tokens + 63)
     assert metrics.relative(truth, own) < LIMIT
     assert max(state_errors(config, states, own_states, tokens).values()) < LIMIT
-    for image in probe.images:
-        expected = reference.hf_vision(checkpoint, config, image)
+    for image, expected in zip(probe.images, reference.hf_vision(checkpoint, config, probe.images), strict=True):
         assert metrics.relative(expected, reference.own_vision(weights, image)) < LIMIT
 
 

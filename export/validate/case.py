@@ -15,11 +15,11 @@ from export.chat.conversation import chunks
 from export.checkpoint.base import Checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
-from export.model.positions import splice
 from export.quantize.recipe import Recipe
-from export.validate import reference
+from export.validate import reference, transformers_model
 from export.validate.gates import Check, failed
 from export.validate.probe import Probe, make_probe, picture
+from export.validate.transformers_model import Whole
 from targets.base import Arrays, Target
 
 
@@ -97,7 +97,7 @@ class Case:
     @cached_property
     def true_pictures(self) -> list[NDArray[np.float32]]:
         """transformers' image embeddings of `pictures`."""
-        return [reference.hf_vision(self.checkpoint, self.config, each) for each in self.pictures]
+        return reference.hf_vision(self.checkpoint, self.config, self.pictures)
 
     @cached_property
     def plan(self) -> list[tuple[int | None, int]]:
@@ -106,17 +106,29 @@ class Case:
 
     @cached_property
     def embedded(self) -> NDArray[np.float32]:
-        """Rows [T, D] from transformers' embedding and vision tower."""
+        """Rows [T, D] from transformers' embedding, vision tower and splicing."""
         rows = reference.embed(self.checkpoint, self.probe.ids)
-        images = [reference.hf_vision(self.checkpoint, self.config, image) for image in self.probe.images]
-        return np.asarray(splice(rows, self.probe.ids, self.config.image_token_id, images), np.float32)
+        images = reference.hf_vision(self.checkpoint, self.config, self.probe.images)
+        return transformers_model.hf_splice(self.checkpoint, self.config, rows, self.probe.ids, images)
+
+    @cached_property
+    def true_positions(self) -> NDArray[np.int32]:
+        """transformers' positions [3, T] of the probe; `probe.positions` are those of our own counter."""
+        images = self.probe.images
+        grid = transformers_model.pixels(self.checkpoint, self.config, images).grid if images else None
+        return transformers_model.hf_positions(self.checkpoint, self.config, self.probe.ids, grid)
 
     @cached_property
     def truth(self) -> tuple[NDArray[np.float32], Arrays]:
         """transformers' fp32 logits [T, V] and final states on the probe, fed token by token: its chunked delta
         rule is the less exact of its two forms (docs/LOG.md) and would be most of the distance to ours.
         """
-        return reference.hf_sequence(self.checkpoint, self.config, self.embedded, self.probe.positions, 1)
+        return reference.hf_sequence(self.checkpoint, self.config, self.embedded, self.true_positions, 1)
+
+    @cached_property
+    def whole(self) -> Whole:
+        """transformers' whole model, run once on the probe; only its logits are kept."""
+        return transformers_model.whole_model(self.checkpoint, self.config, self.probe.ids, self.probe.images)
 
 
 def make_plan(tokens: int, lengths: tuple[int, ...]) -> list[tuple[int | None, int]]:

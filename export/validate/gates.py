@@ -49,6 +49,9 @@ GATES: dict[str, Gate] = {
     "L0.logits": Gate(2e-5, "two fp32 implementations of the same sums, up to 8 layers; measured 2e-6 to 7e-6"),
     "L0.states": Gate(2e-5, "the same; states feed every later token; measured up to 4e-6"),
     "L0.vision": Gate(2e-5, "one pass, no recurrence; measured 8e-7"),
+    "L0.whole_model": Gate(
+        2e-4, "transformers against itself: its delta rule in chunks against single steps"
+    ),
     "L1.logits": Gate(1e-4, "fp32 on another runtime: other summation orders and exp; measured 3e-6"),
     "L1.states": Gate(1e-4, "the same; a state wrong by one token or head is off by 1e-1 and more"),
     "L1.vision": Gate(2e-5, "one pass in fp32; measured 6e-7; gelu in its other form gives 6e-5"),

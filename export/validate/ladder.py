@@ -32,7 +32,11 @@ RUNGS = ("L0", "L1", "L2", "L3")
 
 
 def l0(case: Case) -> Rung:
-    """Our modules in PyTorch fp32 against transformers: logits of every token and every state."""
+    """Our modules in PyTorch fp32 against transformers: logits of every token and every state.
+
+    transformers' side takes tying, positions, splicing and pictures from transformers too, ours from this project.
+    Where the whole of transformers' model fits the memory, its one forward pass is held against its streamed layers.
+    """
     truth, true_states = case.truth
     rows_needed = state.cache_rows(len(case.probe.ids), case.prefill_lengths)
     rows = reference.embed(case.checkpoint, case.probe.ids)
@@ -52,7 +56,9 @@ def l0(case: Case) -> Rung:
         checks.append(check("L0.vision", worst(case.true_pictures, ours)))
         # Fewer than two where the context is too short for them: then no rung saw what a picture leaves behind.
         checks.append(check("L0.pictures_in_text", len(images)))
-    return Rung("L0", checks, {"states": errors})
+    if case.whole.logits is not None:
+        checks.append(check("L0.whole_model", metrics.relative(case.whole.logits, truth), layers=layers))
+    return Rung("L0", checks, {"states": errors}, [case.whole.note])
 
 
 def l2(case: Case) -> Rung:

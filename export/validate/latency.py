@@ -21,7 +21,7 @@ from export.chat.conversation import chunks
 from export.checkpoint.base import Checkpoint
 from export.model.config import FULL, ModelConfig
 from export.model.state import cache_rows
-from export.validate.reference import _on_meta, hf_config
+from export.validate.transformers_model import hf_config, on_meta
 
 BUFFER_BYTES = 2**30
 WARMUP_STEPS = 4
@@ -172,7 +172,7 @@ def measure_reference(
     from transformers import Qwen3_5ForConditionalGeneration
 
     settings = hf_config(checkpoint, config)
-    model = _on_meta(lambda: Qwen3_5ForConditionalGeneration(settings))
+    model = on_meta(lambda: Qwen3_5ForConditionalGeneration(settings))
     size = 4 * sum(p.numel() for p in model.parameters())
     if size > 0.5 * psutil.virtual_memory().available:
         return None

@@ -83,7 +83,10 @@ def image_tokens(config: ModelConfig, height: int, width: int) -> int:
 
 
 def picture(random: Any, height: int, width: int) -> NDArray[np.float32]:
-    """Smooth colours with edges: closer to a photograph than noise, and different in every patch."""
+    """Smooth colours with edges: closer to a photograph than noise, and different in every patch.
+
+    Values [3, H, W] in 0…1 are multiples of 1/255, which transformers' image processor takes as bytes unrounded.
+    """
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     waves = [
         0.5 + 0.5 * np.sin(x * random.uniform(0.02, 0.3) + y * random.uniform(0.02, 0.3) + c) for c in range(3)
@@ -91,4 +94,4 @@ def picture(random: Any, height: int, width: int) -> NDArray[np.float32]:
     picture = np.stack(waves)
     top, left = int(random.integers(height // 2)), int(random.integers(width // 2))
     picture[:, top : top + height // 3, left : left + width // 3] = random.uniform(0, 1, (3, 1, 1))
-    return picture.astype(np.float32)
+    return np.asarray(np.rint(picture * 255) / 255, np.float32)

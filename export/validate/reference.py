@@ -2,12 +2,12 @@
 
 No more than one decoder layer (or one block of head rows) is in memory, so that a 9B model is judged on a
 machine that could not hold it. A sequence is teacher-forced: every layer sees all its tokens, then the next
-layer is loaded. transformers' modules are used as they are; only the loop around them is ours.
+layer is loaded. transformers' modules are used as they are, and which tensor is the head is its decision
+(`transformers_model`); the loop around them is ours, and `transformers_model.whole_model` checks it.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,32 +20,14 @@ from torch import Tensor
 from export.checkpoint.base import Checkpoint
 from export.checkpoint.weights import TEXT, VISION, Weights
 from export.model import state
-from export.model.config import FULL, ConfigError, ModelConfig
+from export.model.config import FULL, ModelConfig
 from export.model.decoder import Decoder
 from export.model.operators import ops
 from export.model.vision import VisionEncoder
+from export.validate.transformers_model import EMBEDDING, head_tensor, hf_config, on_meta, pixels
 
 HEAD_ROWS = 16384
 Arrays = dict[str, NDArray[Any]]
-
-
-def hf_config(checkpoint: Checkpoint, config: ModelConfig) -> Any:
-    """transformers' config object for the checkpoint, truncated like `config`."""
-    from transformers import Qwen3_5Config
-
-    raw = copy.deepcopy(dict(checkpoint.config))
-    raw["text_config"]["num_hidden_layers"] = config.text.num_hidden_layers
-    raw["text_config"]["layer_types"] = list(config.text.layer_types)
-    try:
-        result: Any = Qwen3_5Config(**{k: v for k, v in raw.items() if k != "architectures"})
-    except Exception as error:  # of fields that only transformers reads, which it checks with many kinds of error
-        raise ConfigError(
-            f"config.json: transformers, which the bundle is compared with, refuses it: {error}; correct the field, "
-            "or leave the comparison out with --skip-validation"
-        ) from error
-    result._attn_implementation = "eager"
-    result.text_config._attn_implementation = "eager"
-    return result
 
 
 def load_module(module: torch.nn.Module, checkpoint: Checkpoint, prefix: str) -> torch.nn.Module:
@@ -68,34 +50,30 @@ def head_logits(
 
 def embed(checkpoint: Checkpoint, ids: Sequence[int]) -> NDArray[np.float32]:
     """Rows [T, D] of the published embedding, read one by one."""
-    rows = {i: checkpoint.read(f"{TEXT}.embed_tokens.weight", i, i + 1)[0].numpy() for i in set(ids)}
+    rows = {i: checkpoint.read(EMBEDDING, i, i + 1)[0].numpy() for i in set(ids)}
     return np.stack([rows[i] for i in ids])
 
 
 @torch.inference_mode()
-def hf_vision(checkpoint: Checkpoint, config: ModelConfig, image: NDArray[Any]) -> NDArray[np.float32]:
-    """transformers' vision tower on a picture [3, H, W] in 0…1: image embeddings [N, D]."""
+def hf_vision(
+    checkpoint: Checkpoint, config: ModelConfig, images: Sequence[NDArray[Any]]
+) -> list[NDArray[np.float32]]:
+    """transformers' image processor and vision tower on pictures [3, H, W] of 8-bit values in 0…1: embeddings [N, D]
+    of each.
+    """
     from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5VisionModel
 
-    if config.vision is None:
-        raise ValueError("the model has no vision encoder")
-    vision = config.vision
-    tower = _on_meta(lambda: Qwen3_5VisionModel(hf_config(checkpoint, config).vision_config))
+    if not images:
+        return []
+    tower = on_meta(lambda: Qwen3_5VisionModel(hf_config(checkpoint, config).vision_config))
     tower.rotary_pos_emb = type(tower.rotary_pos_emb)(tower.config)
     load_module(tower, checkpoint, VISION)
-    # The published layout of a patch is channel, time, row, column; a still picture repeats its frame.
-    pixels = ops.normalize_image(torch.from_numpy(image), list(vision.image_mean), list(vision.image_std))
-    patches = ops.patchify(pixels, vision.patch_size, vision.spatial_merge_size)
-    side = vision.patch_size
-    patches = patches.reshape(-1, 3, 1, side, side).expand(-1, 3, vision.temporal_patch_size, side, side)
-    grid = torch.tensor([[1, image.shape[1] // side, image.shape[2] // side]])
-    result = tower(patches.reshape(patches.shape[0], -1), grid_thw=grid).pooler_output
-    return np.asarray(result.numpy(), np.float32)
-
-
-def _on_meta(make: Any) -> Any:
-    with torch.device("meta"):
-        return make()
+    results = []
+    for image in images:
+        seen = pixels(checkpoint, config, [image])
+        result = tower(seen.values, grid_thw=seen.grid).pooler_output
+        results.append(np.asarray(result.numpy(), np.float32))
+    return results
 
 
 @torch.inference_mode()
@@ -128,7 +106,7 @@ def hf_sequence(
     cache: Any = DynamicCache(config=settings)
     states: Arrays = {}
     for index, kind in enumerate(config.text.layer_types):
-        layer = _on_meta(lambda i=index: hf.Qwen3_5DecoderLayer(settings, i))
+        layer = on_meta(lambda i=index: hf.Qwen3_5DecoderLayer(settings, i))
         load_module(layer, checkpoint, f"{TEXT}.layers.{index}")
         full = kind == FULL
         parts = []
@@ -151,10 +129,10 @@ def hf_sequence(
             conv = cache.get_conv_state(index, state_idx=0)[0]
             states[f"conv_{index}"] = conv[:, -width:].numpy()
             states[f"recurrent_{index}"] = cache.get_recurrent_state(index, state_idx=0)[0].numpy()
-    norm = _on_meta(lambda: hf.Qwen3_5RMSNorm(config.text.hidden_size, config.text.rms_norm_eps))
+    norm = on_meta(lambda: hf.Qwen3_5RMSNorm(config.text.hidden_size, config.text.rms_norm_eps))
     load_module(norm, checkpoint, f"{TEXT}.norm")
-    name = f"{TEXT}.embed_tokens.weight" if config.text.tie_word_embeddings else "lm_head.weight"
-    return head_logits(partial(checkpoint.read, name), config, norm(hidden)[0]), states
+    head = partial(checkpoint.read, head_tensor(checkpoint))
+    return head_logits(head, config, norm(hidden)[0]), states
 
 
 def fill(module: torch.nn.Module, weights: Weights, prefix: str) -> torch.nn.Module:
@@ -170,7 +148,7 @@ def own_vision(weights: Weights, image: NDArray[Any]) -> NDArray[np.float32]:
     vision = weights.config.vision
     if vision is None:
         raise ValueError("the model has no vision encoder")
-    encoder = fill(_on_meta(lambda: VisionEncoder(vision)), weights, "vision.")
+    encoder = fill(on_meta(lambda: VisionEncoder(vision)), weights, "vision.")
     return np.asarray(encoder(torch.from_numpy(image)).numpy(), np.float32)
 
 
@@ -203,7 +181,7 @@ def own_sequence(
     states: Arrays = {}
     for index in range(config.text.num_hidden_layers):
         part = range(index, index + 1)
-        decoder = _on_meta(lambda p=part: Decoder(config.text, p, head=False))
+        decoder = on_meta(lambda p=part: Decoder(config.text, p, head=False))
         fill(decoder, weights, "decoder.")
         layout = state.layout(config.text, cache_rows, part)
         current = [torch.zeros(s.shape) for s in layout]
