@@ -17,11 +17,13 @@ from safetensors.torch import save_file
 
 from export.checkpoint import CheckpointError, open_checkpoint
 from export.checkpoint.base import block_rows, check_finite
-from export.checkpoint.folder import INDEX, SINGLE, FolderCheckpoint
-from export.checkpoint.names import MTP_NOTICE, check, expected
+from export.checkpoint.check import MTP_NOTICE, check
+from export.checkpoint.folder import FolderCheckpoint
+from export.checkpoint.names import expected
 from export.checkpoint.random import RandomCheckpoint
+from export.checkpoint.shards import INDEX, SINGLE
 from export.model.config import ConfigError, ModelConfig
-from export.sizes import SIZES, TINY, check_size, get_size, hub_id, shipped_tiny
+from export.sizes import CUSTOM, SIZES, TINY, check_size, get_size, hub_id, shipped_tiny, size_of
 from export.spec import ExportError, ExportSpec, UsageError
 from runtime_tests.conftest import VARIANTS, variant
 
@@ -51,6 +53,10 @@ def write(folder: Path, tensors: Tensors, config: dict[str, Any] | None = None, 
         placed |= dict.fromkeys(part, file)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
     return folder
+
+
+def whole_check(checkpoint: Any) -> list[str]:
+    return check(checkpoint, checkpoint.model_config)
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +92,12 @@ def test_sizes_have_their_number_of_parameters(size: str, billions: float) -> No
 
 
 def test_check_accepts_a_complete_checkpoint_and_reports_mtp(tmp_path: Path, tensors: Tensors) -> None:
-    assert check(FolderCheckpoint(write(tmp_path / "plain", tensors))) == []
+    assert whole_check(FolderCheckpoint(write(tmp_path / "plain", tensors))) == []
     # A tied head stored as well is the embedding again: no error and no notice.
     repeated = {**tensors, "lm_head.weight": tensors[EMBEDDING].clone()}
-    assert check(FolderCheckpoint(write(tmp_path / "head", repeated))) == []
+    assert whole_check(FolderCheckpoint(write(tmp_path / "head", repeated))) == []
     with_mtp = {**tensors, "mtp.fc.weight": torch.zeros(2, 2), "mtp.norm.weight": torch.zeros(2)}
-    assert check(FolderCheckpoint(write(tmp_path / "mtp", with_mtp))) == [MTP_NOTICE]
-    assert MTP_NOTICE == "mtp.* is not exported yet"
+    assert whole_check(FolderCheckpoint(write(tmp_path / "mtp", with_mtp))) == [MTP_NOTICE]
 
 
 def _without(tensors: Tensors, *names: str) -> Tensors:
@@ -122,7 +127,7 @@ def test_wrong_tensors_are_named_before_any_work(case: str, tmp_path: Path, tens
     change, message = WRONG_TENSORS[case]
     write(tmp_path, change(tensors))
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(ExportSpec("onnx", TINY, checkpoint=str(tmp_path)))
+        open_checkpoint(ExportSpec("onnx", CUSTOM, checkpoint=str(tmp_path)))
 
 
 # --- folders --------------------------------------------------------------------------------------------------
@@ -475,36 +480,46 @@ def test_a_checkpoint_of_another_size_is_refused_with_field_and_remedy() -> None
     assert small is not None
     assert large is not None
     check_size("0.8b", small)
-    check_size(TINY, large)
-    message = r"--size 0.8b: the checkpoint has text_config.hidden_size 4096, 0.8b has 1024; .*--size 9b for this one"
+    message = r"--size 0.8b: the checkpoint has text_config.hidden_size 4096, 0.8b has 1024; leave out --size \(.* 9b\)"
     with pytest.raises(UsageError, match=message):
         check_size("0.8b", large)
+    with pytest.raises(UsageError, match=r"--size tiny: .*hidden_size 4096, tiny has 128; .* called 9b\), or give"):
+        check_size(TINY, large)
+    with pytest.raises(UsageError, match=r"--size My Model: a size's name has small letters, digits, dots and dashes"):
+        check_size("My Model", large)
+    assert [size_of(row.config) for row in SIZES.values() if row.config] == ["0.8b", "2b", "4b", "9b"]
+    assert size_of(FolderCheckpoint(shipped_tiny()).config) == TINY
     layers = json.loads(json.dumps(small))
     layers["text_config"]["num_hidden_layers"] = 20
-    with pytest.raises(UsageError, match=r"text_config.num_hidden_layers 20, 0.8b has 24; .*--size tiny"):
+    with pytest.raises(UsageError, match=r"text_config.num_hidden_layers 20, 0.8b has 24; .*is called custom\)"):
         check_size("0.8b", layers)
+    check_size("my-20-layers", layers)
+    resized = json.loads(json.dumps(small))
+    resized["text_config"]["vocab_size"] = 248_400
+    assert size_of(resized) == "0.8b", "a few added tokens do not make it another model"
+    check_size("0.8b", resized)
 
 
 def test_opening_checks_the_size_of_a_folder(tmp_path: Path, tensors: Tensors) -> None:
     write(tmp_path, tensors)
-    assert open_checkpoint(ExportSpec("onnx", TINY, checkpoint=str(tmp_path))).source["id"] == tmp_path.name
-    with pytest.raises(UsageError, match=r"--size 2b: the checkpoint has text_config.vocab_size 64, 2b has 248320"):
+    assert open_checkpoint(ExportSpec("onnx", CUSTOM, checkpoint=str(tmp_path))).source["id"] == tmp_path.name
+    with pytest.raises(UsageError, match=r"--size 2b: the checkpoint has text_config.hidden_size 128, 2b has 2048"):
         open_checkpoint(ExportSpec("onnx", "2b", checkpoint=str(tmp_path)))
     with pytest.raises(CheckpointError, match=r"absent/folder/x is not a folder; give a folder with config.json"):
-        open_checkpoint(ExportSpec("onnx", TINY, checkpoint="absent/folder/x"))
+        open_checkpoint(ExportSpec("onnx", CUSTOM, checkpoint="absent/folder/x"))
 
 
 @pytest.mark.parametrize("size", [size for size in SIZES if size != TINY])
 def test_random_opens_at_every_size_without_work(size: str) -> None:
     checkpoint = open_checkpoint(ExportSpec("onnx", size, checkpoint="random", seed=4))
-    assert check(checkpoint) == []
+    assert whole_check(checkpoint) == []
     assert checkpoint.source == {"kind": "random", "id": size, "revision": None, "seed": 4}
     assert checkpoint.sidecar("tokenizer.json") is None
 
 
 def test_the_shipped_tiny_checkpoint_is_complete() -> None:
     checkpoint = open_checkpoint(ExportSpec("onnx", TINY))
-    assert check(checkpoint) == []
+    assert checkpoint.notices == []
     assert checkpoint.sidecar("tokenizer.json") is not None
     assert sum(file.stat().st_size for file in shipped_tiny().iterdir()) <= 16e6
     random = open_checkpoint(ExportSpec("onnx", TINY, checkpoint="random"))
