@@ -94,29 +94,7 @@ class FolderCheckpoint:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows [start, stop) of a tensor as float32; see `Checkpoint.read`."""
-        entry = self._entry(name)
-        start, stop = check_range(name, entry.shape, start, stop)
-        row_shape = entry.shape[1:]
-        row_bytes = math.prod(row_shape) * entry.dtype.itemsize
-        stored = torch.empty((stop - start, *row_shape), dtype=entry.dtype)
-        buffer: memoryview = stored.reshape(-1).view(torch.uint8).numpy().data
-        try:
-            with entry.shard.open("rb", buffering=0) as file:
-                file.seek(entry.begin + start * row_bytes)
-                done = 0
-                while done < len(buffer):
-                    count = file.readinto(buffer[done:])
-                    if not count:
-                        raise CheckpointError(
-                            f"{entry.shard} ends inside {name}: it was changed or truncated while being "
-                            "read; download it again"
-                        )
-                    done += count
-        except OSError as error:
-            raise CheckpointError(f"{entry.shard} cannot be read: {error.strerror or error}") from error
-        values = stored.to(torch.float32)
-        check_finite(name, values, start)
-        return values if entry.shape else values.reshape(())
+        return read_rows(name, self._entry(name), start, stop)
 
     def content_key(self) -> str:
         """Names, sizes and modification times of every file that can reach the bundle."""
@@ -131,6 +109,36 @@ class FolderCheckpoint:
                 "download the checkpoint again"
             )
         return self._entries[name]
+
+
+def read_rows(name: str, entry: Entry, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Rows [start, stop) of a stored tensor as float32 [stop - start, ...]; only their bytes are read.
+
+    Raises:
+        CheckpointError: rows outside it, unreadable bytes, NaN or infinity.
+    """
+    start, stop = check_range(name, entry.shape, start, stop)
+    row_shape = entry.shape[1:]
+    row_bytes = math.prod(row_shape) * entry.dtype.itemsize
+    stored = torch.empty((stop - start, *row_shape), dtype=entry.dtype)
+    buffer: memoryview = stored.reshape(-1).view(torch.uint8).numpy().data
+    try:
+        with entry.shard.open("rb", buffering=0) as file:
+            file.seek(entry.begin + start * row_bytes)
+            done = 0
+            while done < len(buffer):
+                count = file.readinto(buffer[done:])
+                if not count:
+                    raise CheckpointError(
+                        f"{entry.shard} ends inside {name}: it was changed or truncated while being "
+                        "read; download it again"
+                    )
+                done += count
+    except OSError as error:
+        raise CheckpointError(f"{entry.shard} cannot be read: {error.strerror or error}") from error
+    values = stored.to(torch.float32)
+    check_finite(name, values, start)
+    return values if entry.shape else values.reshape(())
 
 
 def _entries(folder: Path) -> dict[str, Entry]:
