@@ -164,6 +164,8 @@ class AdapterCheckpoint:
 
     def _sort(self, entries: Mapping[str, Entry]) -> None:
         """Every stored tensor becomes a factor of a LoRA or takes the place of a tensor of the base."""
+        if not entries:
+            raise self._error(f"holds no tensors in {ADAPTER_WEIGHTS}", "save the adapter again")
         known = {*self._base.names(), HEAD}
         pairs: dict[tuple[str, bool], dict[str, tuple[str, Entry]]] = {}
         for key, entry in entries.items():
@@ -204,7 +206,7 @@ class AdapterCheckpoint:
         lora, shape = self._loras[name], self.shape(name)
         if name.endswith(_CONVOLUTION):
             raise self._error(
-                f"adapts the convolution {name}, whose channels PEFT cannot merge (groups above 1)",
+                f"adapts the depthwise convolution {name}, where PEFT has no merge (groups above 1)",
                 "train without it",
             )
         if lora.embedding:
@@ -258,7 +260,7 @@ class AdapterCheckpoint:
             return False
         if len(stored) == 2:
             return self._equal(EMBEDDING, HEAD)
-        if stored and self._adapter.ensure_weight_tying or stored - saved == {HEAD}:
+        if (stored and self._adapter.ensure_weight_tying) or stored - saved == {HEAD}:
             raise self._error(f"holds {min(stored)} alone, of the pair that training tied", "save the adapter again")
         return not saved
 
@@ -270,10 +272,8 @@ class AdapterCheckpoint:
         if self.shape(one) != self.shape(other):
             return False
         rows, step = self.shape(one)[0], block_rows(self.shape(one))
-        return all(
-            torch.equal(self.read(one, start, min(start + step, rows)), self.read(other, start, min(start + step, rows)))
-            for start in range(0, rows, step)
-        )
+        blocks = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+        return all(torch.equal(self.read(one, *block), self.read(other, *block)) for block in blocks)
 
     def _check_vocabulary(self, tied: bool) -> int:
         """Rows of the embedding, and of the head."""

@@ -26,16 +26,16 @@ MERGE_FIRST = (
 )
 RETRAIN = "no merged weights compute the same: train a plain LoRA"
 
-_READ = frozenset(
-    ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
-    + ("modules_to_save", "ensure_weight_tying", "base_model_name_or_path", "init_lora_weights", "bias")
-)
+_READ = {
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "ensure_weight_tying", "base_model_name_or_path", "init_lora_weights", "bias",
+}
 # Which modules were trained is known from the tensors; the rest steers training, or the refused initialisations.
-_HARMLESS = frozenset(
-    ("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config")
-    + ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout")
-    + ("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
-)
+_HARMLESS = {
+    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
+    "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+}
 _REFUSED: Mapping[str, tuple[str, str]] = {
     "use_dora": ("DoRA scales every merged row to a learned length", MERGE_FIRST),
     "lora_bias": ("the update has a bias, which most layers of Qwen3.5 have no place for", MERGE_FIRST),
@@ -53,8 +53,7 @@ _REFUSED: Mapping[str, tuple[str, str]] = {
     "arrow_config": ("adapters are mixed anew for every token", RETRAIN),
 }
 # Those that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract their start from it.
-_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-_OFF = (None, False, "", [], {})
+_INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,8 @@ def is_adapter(folder: Path) -> bool:
 
 def base_model(folder: Path) -> str | None:
     """The base that adapter_config.json names, for messages only: it is often a path of another machine."""
-    name = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") if is_adapter(folder) else None
+    path = folder / ADAPTER_CONFIG
+    name = read_json(path).get("base_model_name_or_path") if path.is_file() else None
     return name if isinstance(name, str) and name else None
 
 
@@ -157,7 +157,7 @@ def _check_kind(path: Path, values: Mapping[str, Any]) -> None:
     if kind != "LORA":
         raise CheckpointError(f"{path} has peft_type {kind!r}; only PEFT's 'LORA' is merged here: {MERGE_FIRST}")
     for name, (reason, remedy) in _REFUSED.items():
-        if values.get(name) not in _OFF:
+        if _is_set(values.get(name)):
             raise CheckpointError(f"{path} has {name} {_shown(values[name])}; {reason}: {remedy}")
     if values.get("bias", "none") != "none":
         raise CheckpointError(
@@ -165,14 +165,14 @@ def _check_kind(path: Path, values: Mapping[str, Any]) -> None:
             f"{MERGE_FIRST}"
         )
     start = values.get("init_lora_weights", True)
-    if (start.lower() if isinstance(start, str) else start) not in _INITIALISATIONS:
+    if start not in (True, False, None) and str(start).lower() not in _INITIALISATIONS:
         raise CheckpointError(
             f"{path} has init_lora_weights {_shown(start)}; it may have changed the base weights, so the "
             "published base is not the one this adapter adds to: convert it with PEFT's "
             f"save_pretrained(path_initial_model_for_weight_conversion=…), or {MERGE_FIRST}"
         )
     for name in sorted(values.keys() - _READ - _HARMLESS - _REFUSED.keys()):
-        if values[name] not in _OFF:
+        if _is_set(values[name]):
             raise CheckpointError(
                 f"{path} has {name} {_shown(values[name])}, a field this project does not know, which may change "
                 f"what the adapter computes: {MERGE_FIRST}"
@@ -227,6 +227,11 @@ def _matched(patterns: Mapping[str, float], module: str, default: float) -> floa
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
+
+
+def _is_set(value: Any) -> bool:
+    """Whether a switch or a section of the config is there and on; 0 is a value that may mean something."""
+    return value is not None and value is not False and value not in ("", [], {})
 
 
 def _shown(value: Any) -> str:
