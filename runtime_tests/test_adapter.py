@@ -249,7 +249,7 @@ def test_lora_on_an_untied_pair(picture_model: Any, tmp_path: Path) -> None:
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 2)
     model.save_pretrained(tmp_path / "base")
-    config = {"target_modules": ["embed_tokens", "lm_head"], "rank_pattern": {"lm_head": 3}}
+    config: dict[str, Any] = {"target_modules": ["embed_tokens", "lm_head"], "rank_pattern": {"lm_head": 3}}
     wanted = merged(train(model, tmp_path / "adapter", **config))
     base = FolderCheckpoint(tmp_path / "base")
     checkpoint = AdapterCheckpoint(base, tmp_path / "adapter")
