@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from export.checkpoint import is_folder
+from export.checkpoint.adapter_config import check_beside
 from export.checkpoint.published import read_config
 from export.sizes import CUSTOM, NAME, SIZES, TINY, size_of
 from export.spec import ExportSpec, UsageError
@@ -328,6 +329,7 @@ def _size(options: argparse.Namespace) -> str:
                 f"--size is missing: what {checkpoint} holds is only known after its download; give one of "
                 f"{', '.join(SIZES)}, or a name of your own such as {CUSTOM}"
             )
+        check_beside(Path(checkpoint), options.adapter)
         return size_of(read_config(Path(checkpoint)))
     if not NAME.fullmatch(size):
         raise UsageError(

@@ -17,9 +17,13 @@ def open_checkpoint(spec: ExportSpec) -> Checkpoint:
     Raises:
         CheckpointError: it cannot be found or trusted. UsageError: it is of another size.
     """
+    from export.checkpoint.adapter import AdapterCheckpoint
+    from export.checkpoint.adapter_config import NO_ADAPTER
     from export.checkpoint.check import check
 
     checkpoint = _open(spec)
+    if spec.adapter not in (None, NO_ADAPTER):
+        checkpoint = AdapterCheckpoint(checkpoint, str(spec.adapter))
     if spec.checkpoint != "random":
         check_size(spec.size, checkpoint.config)
         config = checkpoint.model_config if spec.vision else checkpoint.model_config.without_vision()
@@ -28,6 +32,7 @@ def open_checkpoint(spec: ExportSpec) -> Checkpoint:
 
 
 def _open(spec: ExportSpec) -> Checkpoint:
+    from export.checkpoint.adapter_config import check_beside
     from export.checkpoint.folder import FolderCheckpoint
     from export.checkpoint.hub import open_hub
     from export.checkpoint.random import RandomCheckpoint
@@ -43,8 +48,11 @@ def _open(spec: ExportSpec) -> Checkpoint:
     if spec.checkpoint is None and spec.size == TINY:
         return FolderCheckpoint(shipped_tiny(), {"kind": "path", "id": SHIPPED, "revision": None, "seed": None})
     if is_folder(spec.checkpoint):
+        check_beside(Path(str(spec.checkpoint)), spec.adapter)
         return FolderCheckpoint(str(spec.checkpoint))
-    return open_hub(spec.checkpoint or hub_id(spec.size, spec.base), spec.revision)
+    downloaded = open_hub(spec.checkpoint or hub_id(spec.size, spec.base), spec.revision)
+    check_beside(downloaded.path, spec.adapter)
+    return downloaded
 
 
 def is_folder(checkpoint: str | None) -> bool:
