@@ -33,7 +33,7 @@ def open_modelscope(name: str, revision: str | None) -> FolderCheckpoint:
         CheckpointError: no client installed, no network, no such repository or revision, a closed one, one
             without weights that can be read, too small or a full disk, files that changed meanwhile.
     """
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None:
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
         raise CheckpointError(f"'{MODELSCOPE}{name}' is no ModelScope id; write it as {MODELSCOPE}org/name")
     try:
         from modelscope_hub import HubApi, HubConfig
