@@ -139,6 +139,6 @@ def _refusal(name: str, revision: str | None, error: Exception) -> CheckpointErr
         which = "" if revision is None else f" with the revision {revision!r} (branches and tags are served)"
         return CheckpointError(f"ModelScope has no repository {name}{which}; check the name on its page")
     return CheckpointError(
-        f"cannot download {MODELSCOPE}{name}: ModelScope cannot be reached ({type(first).__name__}: {first}) and the "
+        f"cannot download {MODELSCOPE}{name}: ModelScope cannot be reached ({type(first).__name__}) and the "
         f"cache holds no finished download; {again}, or give a local folder with --checkpoint PATH"
     )
