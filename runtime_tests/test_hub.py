@@ -119,7 +119,8 @@ def test_a_finished_download_is_used_without_the_hub(hub: Hub, tiny: Files) -> N
         checkpoint = _open(revision=revision)
         assert checkpoint.source["revision"] == NEW
         assert checkpoint.notices == [
-            f"{NAME}: the hub could not be asked (HfHubHTTPError); the cache holds commit {NEW}."
+            f"{NAME}: the hub does not serve it now (HfHubHTTPError); "
+            f"the finished download of commit {NEW} in the cache is used."
         ]
     with pytest.raises(CheckpointError, match=r"cannot download .*: no connection .*and it is not in the cache"):
         _open(revision="never-asked-for")
@@ -430,7 +431,8 @@ def test_modelscope_uses_only_finished_downloads_without_network(scope: Hub, tin
     checkpoint = _open(SCOPE)
     assert checkpoint.source["revision"] == NEW
     assert checkpoint.notices == [
-        f"{SCOPE}: ModelScope could not be asked (ConnectionError); the cache holds commit {NEW}."
+        f"{SCOPE}: ModelScope does not serve it now (ConnectionError); "
+        f"the finished download of commit {NEW} in the cache is used."
     ]
 
 

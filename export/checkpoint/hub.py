@@ -83,8 +83,8 @@ def _cached(name: str, revision: str | None, cause: Exception) -> FolderCheckpoi
         )
     except LocalEntryNotFoundError:  # absent or incomplete: what went wrong first is what the user must know
         raise _refusal(name, revision, cause) from cause
-    notice = f"{name}: the hub could not be asked ({type(cause).__name__}); the cache holds commit {Path(folder).name}."
-    return _open(name, folder, [notice])
+    why = f"{name}: the hub does not serve it now ({type(cause).__name__})"
+    return _open(name, folder, [f"{why}; the finished download of commit {Path(folder).name} in the cache is used."])
 
 
 def _check_room(name: str, commit: str, files: Sequence[RepoSibling]) -> list[str]:

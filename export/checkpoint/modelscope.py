@@ -55,8 +55,8 @@ def open_modelscope(name: str, revision: str | None) -> FolderCheckpoint:
         if not finished.is_file():
             raise _refusal(name, revision, error) from error
         commit = finished.read_text()
-        why = f"ModelScope could not be asked ({type(error).__name__}); the cache holds commit {commit}."
-        return _open(name, home, commit, why)
+        why = f"ModelScope does not serve it now ({type(error).__name__})"
+        return _open(name, home, commit, f"{why}; the finished download of commit {commit} in the cache is used.")
     files = {entry["Path"]: entry for entry in listed if entry.get("Type") != "tree"}
     check_files(MODELSCOPE + name, files)
     fetched = [files[path] for path in wanted(files)]
