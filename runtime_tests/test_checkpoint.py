@@ -1,4 +1,4 @@
-"""Sources of weights: folders of safetensors, random weights, the hub, and the checks before any work."""
+"""Sources of weights: folders of safetensors, random weights, and the checks before any work."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -525,105 +524,6 @@ def test_the_shipped_tiny_checkpoint_is_complete() -> None:
     random = open_checkpoint(ExportSpec("onnx", TINY, checkpoint="random"))
     assert random.names() == checkpoint.names()
     assert random.sidecar("tokenizer.json") == checkpoint.sidecar("tokenizer.json")
-
-
-# --- hub ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub at a closed port of this machine, and an empty cache."""
-    from huggingface_hub import constants
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", endpoint)
-    monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    return tmp_path
-
-
-def _cached(cache: Path, tensors: Tensors) -> str:
-    """A finished download in the library's own layout, as a run with network leaves it."""
-    commit = "a" * 40
-    repository = cache / "models--org--name"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    (repository / "snapshots").mkdir()
-    write(repository / "snapshots" / commit, tensors)
-    return commit
-
-
-def test_without_network_the_message_names_both_ways_out(no_hub: Path) -> None:
-    message = r"cannot download org/name: no connection .*--checkpoint PATH, or --checkpoint random"
-    with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(ExportSpec("onnx", TINY, checkpoint="org/name"))
-    with pytest.raises(CheckpointError, match=r"cannot download Qwen/Qwen3.5-0.8B-Base: no connection"):
-        open_checkpoint(ExportSpec("onnx", "0.8b", base=True))
-    assert not list(no_hub.rglob("*.safetensors"))
-
-
-def test_without_network_a_finished_download_is_used(no_hub: Path, tensors: Tensors) -> None:
-    commit = _cached(no_hub, tensors)
-    checkpoint = open_checkpoint(ExportSpec("onnx", TINY, checkpoint="org/name"))
-    assert checkpoint.source == {"kind": "hub", "id": "org/name", "revision": commit, "seed": None}
-    assert torch.equal(checkpoint.read(Q), tensors[Q].float())
-
-
-def _failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> dict[str, Any]:
-    asked: dict[str, Any] = {}
-
-    def snapshot_download(name: str, **options: Any) -> str:
-        asked.update(options, name=name)
-        raise error
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    return asked
-
-
-def _hub_error(kind: str) -> BaseException:
-    """One of the library's errors, without the HTTP response that its constructor wants."""
-    from huggingface_hub import errors
-
-    error: type[BaseException] = getattr(errors, kind)
-    return error.__new__(error)
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("RepositoryNotFoundError", r"the hub has no repository org/name; .*--checkpoint PATH"),
-        ("RevisionNotFoundError", r"org/name has no revision 'v9'; choose another --revision"),
-        ("GatedRepoError", r"org/name is gated; log in with `hf auth login`"),
-    ],
-)
-def test_what_the_hub_refuses_is_told_apart(kind: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = _failing(monkeypatch, _hub_error(kind))
-    with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(ExportSpec("onnx", TINY, checkpoint="org/name", revision="v9"))
-    assert asked["name"] == "org/name"
-    assert asked["revision"] == "v9"
-    # Neither pickles nor code is ever asked for.
-    assert not any(pattern.endswith((".bin", ".pt", ".pth", ".py", "*")) for pattern in asked["allow_patterns"][:-1])
-
-
-def test_a_full_disk_is_not_blamed_on_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    _failing(monkeypatch, OSError(28, "No space left on device"))
-    with pytest.raises(CheckpointError, match=r"no space left in the hub cache; free some, or point HF_HOME"):
-        open_checkpoint(ExportSpec("onnx", TINY, checkpoint="org/name"))
-
-
-def test_a_name_that_is_no_hub_id(no_hub: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"'org/na me' is no hub id; write it as org/name"):
-        open_checkpoint(ExportSpec("onnx", TINY, checkpoint="org/na me"))
-
-
-def test_an_interrupt_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    _failing(monkeypatch, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        open_checkpoint(ExportSpec("onnx", TINY, checkpoint="org/name"))
 
 
 def test_every_checkpoint_error_is_an_export_error() -> None:

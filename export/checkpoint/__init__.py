@@ -61,5 +61,7 @@ def is_folder(checkpoint: str | None) -> bool:
 
 
 def _is_hub_id(text: str) -> bool:
-    """"org/name" with no further slash and no leading dot, slash or tilde."""
+    """"org/name" with no further slash and no leading dot, slash or tilde, or anything at ModelScope."""
+    if text.startswith("modelscope:"):
+        return True
     return text.count("/") == 1 and text[0] not in "./~" and not text.endswith("/")
