@@ -69,7 +69,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     add("--target", metavar="T", help=f"runtime, required: {', '.join(TARGETS)}")
     add("--size", metavar="S", help=f"{', '.join(SIZES)}, or a name of your own for a folder (default: the folder's)")
     add("--base", action="store_true", help="the Base variant instead of instruct")
-    add("--checkpoint", metavar="C", help="folder, hub id, or random (default: the size's hub id; tiny is shipped)")
+    add("--checkpoint", metavar="C", help="folder, hub id, modelscope:ORG/NAME, or random (default: the size's hub id)")
     add("--revision", metavar="R", help="hub revision: branch, tag or commit (default: today's commit)")
     add("--adapter", metavar="A", help="folder of a PEFT adapter to merge; none leaves one out beside the weights")
     add("--seed", type=int, metavar="N", help="seed of --checkpoint random (default 0)")

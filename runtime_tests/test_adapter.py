@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from export.checkpoint import CheckpointError
 from export.checkpoint.adapter import EMBEDDING, HEAD, AdapterCheckpoint
 from export.checkpoint.adapter_config import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, check_beside
+from export.checkpoint.check import check
 from export.checkpoint.folder import FolderCheckpoint
-from export.checkpoint.names import canonical, check
+from export.checkpoint.names import canonical
 from export.sizes import shipped_tiny
 
 TINY = shipped_tiny()
@@ -141,7 +142,7 @@ def test_equals_the_merge_of_peft(case: str, picture_model: Any, base: FolderChe
     compare(checkpoint, wanted)
     assert len(changed(checkpoint, base)) == count
     assert notice in checkpoint.notices[-1]
-    assert check(checkpoint) == []
+    assert check(checkpoint, checkpoint.model_config) == []
     assert checkpoint.model_config == base.model_config
     assert checkpoint.config == base.config
 
@@ -219,7 +220,7 @@ def test_tied_pairs(case: str, picture_model: Any, base: FolderCheckpoint, tmp_p
     assert checkpoint.config["tie_word_embeddings"] is checkpoint.config["text_config"]["tie_word_embeddings"] is tied
     assert ("no longer tied" in checkpoint.notices[0]) is not tied
     assert (f"a vocabulary of {rows} rows instead of 448" in checkpoint.notices[0]) is (rows != 448)
-    assert check(checkpoint) == []
+    assert check(checkpoint, checkpoint.model_config) == []
     assert base.config["tie_word_embeddings"] is base.model_config.text.tie_word_embeddings is True
 
 

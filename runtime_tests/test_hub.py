@@ -22,7 +22,8 @@ import torch
 from export.checkpoint import CheckpointError, open_checkpoint
 from export.checkpoint.base import Checkpoint
 from export.checkpoint.download import MARGIN_BYTES, check_files, check_room, wanted
-from export.checkpoint.folder import SINGLE, FolderCheckpoint
+from export.checkpoint.folder import FolderCheckpoint
+from export.checkpoint.shards import SINGLE
 from export.sizes import TINY, shipped_tiny
 from export.spec import ExportSpec
 from runtime_tests.hub_server import Hub, Repository, listing, serving, sha256

@@ -51,6 +51,11 @@ def check_files(name: str, names: Iterable[str]) -> None:
             raise CheckpointError(f"{name} lists the file {file!r}, which lies outside the repository; do not use it")
     fetched = wanted(every)
     if any(file.endswith(".safetensors") for file in fetched):
+        if "config.json" not in fetched and "adapter_config.json" in fetched:
+            raise CheckpointError(
+                f"{name} is an adapter, not a checkpoint; download it into a folder and give that with --adapter, and "
+                "the base that it was trained on with --checkpoint"
+            )
         if "config.json" not in fetched:
             raise CheckpointError(f"{name} has no config.json; give the repository of a complete Qwen3.5 checkpoint")
         return
