@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from export.sizes import SIZES, TINY
+from export.checkpoint import is_folder
+from export.checkpoint.adapter_config import check_beside
+from export.checkpoint.published import read_config
+from export.sizes import CUSTOM, NAME, SIZES, TINY, size_of
 from export.spec import ExportSpec, UsageError
 from targets import TARGETS
 
@@ -64,10 +67,11 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     """The options of an export."""
     add = parser.add_argument
     add("--target", metavar="T", help=f"runtime, required: {', '.join(TARGETS)}")
-    add("--size", metavar="S", help=f"model size, required: {', '.join(SIZES)}")
+    add("--size", metavar="S", help=f"{', '.join(SIZES)}, or a name of your own for a folder (default: the folder's)")
     add("--base", action="store_true", help="the Base variant instead of instruct")
-    add("--checkpoint", metavar="C", help="folder, hub id, or random (default: the size's hub id; tiny is shipped)")
-    add("--revision", metavar="R", help="hub revision: branch, tag or commit")
+    add("--checkpoint", metavar="C", help="folder, hub id, modelscope:ORG/NAME, or random (default: the size's hub id)")
+    add("--revision", metavar="R", help="hub revision: branch, tag or commit (default: today's commit)")
+    add("--adapter", metavar="A", help="folder of a PEFT adapter to merge; none leaves one out beside the weights")
     add("--seed", type=int, metavar="N", help="seed of --checkpoint random (default 0)")
     add("--recipe", default="int4", metavar="R", help="quantisation recipe or a .toml file (default int4)")
     add("--group-size", type=int, metavar="G", help="32, 64 or 128: overrides the recipe's 4-bit groups")
@@ -115,6 +119,7 @@ def validate_parser() -> argparse.ArgumentParser:
     text = "Climb the ladder of checks on finished bundles; 3 when a gate fails."
     parser = _bundle_parser("validate", text, several=True)
     parser.add_argument("--checkpoint", metavar="C", help="the checkpoint it came from, if not found by itself")
+    parser.add_argument("--adapter", metavar="A", help="the folder of the adapter that was merged into it")
     parser.add_argument("--rung", action="append", choices=RUNGS, help="only this rung; may be repeated")
     parser.add_argument("--update", action="store_true", help="write the new reports into the bundle")
     parser.add_argument(
@@ -246,11 +251,13 @@ def spec_from(options: argparse.Namespace) -> ExportSpec:
         UsageError: naming option, value, rule and remedy.
     """
     _choice("--target", options.target, tuple(TARGETS))
-    _choice("--size", options.size, tuple(SIZES))
     check_bundle_options(options)
+    if options.checkpoint == "":
+        raise UsageError("--checkpoint is empty; give a folder, a hub id, or random")
+    options.size = _size(options)
     _check_source(options)
     _check_recipe(options.recipe, options.group_size)
-    config = SIZES[options.size].config
+    config = SIZES[options.size].config if options.size in SIZES else None
     if config is not None and options.num_layers is not None:
         layers = config["text_config"]["num_hidden_layers"]
         if options.num_layers > layers:
@@ -261,6 +268,7 @@ def spec_from(options: argparse.Namespace) -> ExportSpec:
         base=options.base,
         checkpoint=options.checkpoint,
         revision=options.revision,
+        adapter=options.adapter,
         seed=options.seed or 0,
         recipe=options.recipe,
         group_size=options.group_size,
@@ -302,11 +310,40 @@ def _choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:
         raise UsageError(f"{option} {value}: unknown; choose one of {', '.join(choices)}{_close(value, choices)}")
 
 
+def _size(options: argparse.Namespace) -> str:
+    """The size's name: as given, or that of the folder's dimensions, or that of a published hub id.
+
+    Raises:
+        UsageError: it cannot be known without a download, or is unknown.
+    """
+    size, checkpoint = options.size, options.checkpoint
+    named = {name for row in SIZES.values() for name in (row.hub_id, row.base_hub_id)}
+    if checkpoint in (None, "random") or checkpoint in named:
+        if size is None and checkpoint in named:
+            return next(row.name for row in SIZES.values() if checkpoint in (row.hub_id, row.base_hub_id))
+        _choice("--size", size, tuple(SIZES))
+        return str(size)
+    if size is None:
+        if not is_folder(checkpoint):
+            raise UsageError(
+                f"--size is missing: what {checkpoint} holds is only known after its download; give one of "
+                f"{', '.join(SIZES)}, or a name of your own such as {CUSTOM}"
+            )
+        check_beside(Path(checkpoint), options.adapter)
+        return size_of(read_config(Path(checkpoint)))
+    if not NAME.fullmatch(size):
+        raise UsageError(
+            f"--size {size}: a size's name has small letters, digits, dots and dashes; choose from {', '.join(SIZES)}, "
+            f"or such as {CUSTOM}"
+        )
+    return str(size)
+
+
 def _check_source(options: argparse.Namespace) -> None:
     """Options that speak about a checkpoint of another kind would be ignored: refuse them."""
     checkpoint = options.checkpoint
-    if checkpoint == "":
-        raise UsageError("--checkpoint is empty; give a folder, a hub id, or random")
+    if checkpoint == "random" and options.adapter is not None:
+        raise UsageError(f"--adapter {options.adapter}: random weights were never trained; leave it out")
     if options.base and options.size == TINY and checkpoint is None:
         raise UsageError("--base: the shipped tiny checkpoint has no base variant; leave out --base")
     if options.seed is not None and checkpoint != "random":

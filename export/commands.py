@@ -16,7 +16,7 @@ from export.bundle.manifest import dump
 from export.bundle.reader import Bundle
 from export.bundle.writer import BundleWriter
 from export.progress import Reporter
-from export.sizes import SHIPPED
+from export.sizes import CUSTOM, SHIPPED
 from export.spec import ExportSpec, GateError, UsageError
 from targets.base import Finding
 
@@ -72,7 +72,7 @@ def parity_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def open_source(bundle: Bundle, checkpoint: str | None) -> Any:
+def open_source(bundle: Bundle, checkpoint: str | None, adapter: str | None) -> Any:
     """The checkpoint a bundle was made from: as its manifest says, or as the user does."""
     from export.checkpoint import open_checkpoint
 
@@ -85,12 +85,16 @@ def open_source(bundle: Bundle, checkpoint: str | None) -> Any:
         where = source["id"]
     elif where is None and not (source["kind"] == "path" and source["id"] == SHIPPED):
         raise UsageError(f"the bundle was made from the folder {source['id']!r}; give it with --checkpoint PATH")
+    if adapter is None and source.get("adapter") is not None:
+        raise UsageError(f"the adapter {source['adapter']!r} was merged into the bundle; give it with --adapter PATH")
     spec = ExportSpec(
         target=bundle.manifest["target"]["name"],
-        size=model["size"],
+        size=model["size"] if where in (None, "random") or source["kind"] == "hub" else CUSTOM,
         base=model["variant"] == "base",
         checkpoint=where,
         revision=source.get("revision"),
+        adapter=adapter,
+        vision=bool(bundle.manifest["image_sizes"]),
         seed=source.get("seed") or 0,
     )
     return open_checkpoint(spec)
@@ -130,7 +134,7 @@ def validate(options: argparse.Namespace) -> int:
     bundles = compare.open_bundles(options.bundles)
     several = len(bundles) > 1
     reporter = Reporter(quiet=options.quiet, json_lines=options.json)
-    checkpoint = open_source(bundles[0], options.checkpoint)
+    checkpoint = open_source(bundles[0], options.checkpoint, options.adapter)
     reports = [_climb(b, checkpoint, options, reporter, alone=not several) for b in bundles]
     if (several or page) and not options.rung:
         # One after the other, after all ladders: the speed of a shared host changes with time.

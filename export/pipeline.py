@@ -60,8 +60,8 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
         config = checkpoint.model_config.truncated(spec.num_layers)
         if not spec.vision:
             config = config.without_vision()
-    if any(name.startswith("mtp.") for name in checkpoint.names()):
-        progress.notice("the checkpoint's multi-token-prediction head (mtp.*) is not exported yet")
+    for notice in checkpoint.notices:
+        progress.notice(notice)
     weights = Weights(checkpoint, config)
     check_request(spec, target, weights, recipe)
     quantizer = Quantizer(weights, recipe)

@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from export.checkpoint import is_folder
 from export.checkpoint.names import expected
+from export.checkpoint.published import read_config
 from export.model.config import FULL, ModelConfig
 from export.quantize.recipe import Recipe, Setting, load_recipe
 from export.sizes import SIZES, TINY, check_size, hub_id, shipped_tiny
@@ -212,14 +214,14 @@ def peak_bytes(
 
 
 def _source(spec: ExportSpec) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
-    """What the weights are, a config.json for them, and notes."""
-    published = SIZES[spec.size].config
+    """What the weights are, a config.json for them in the published form, and notes."""
+    published = SIZES[spec.size].config if spec.size in SIZES else None
     if spec.checkpoint == "random":
-        return f"random weights, seed {spec.seed}", published or _read_config(shipped_tiny()), ()
+        return f"random weights, seed {spec.seed}", published or read_config(shipped_tiny()), ()
     if spec.checkpoint is None and spec.size == TINY:
-        return "the shipped tiny checkpoint", _read_config(shipped_tiny()), ()
-    if spec.checkpoint is not None and Path(spec.checkpoint).exists():
-        document = _read_config(Path(spec.checkpoint))
+        return "the shipped tiny checkpoint", read_config(shipped_tiny()), ()
+    if is_folder(spec.checkpoint):
+        document = read_config(Path(str(spec.checkpoint)))
         check_size(spec.size, document)
         return str(spec.checkpoint), document, ()
     name = spec.checkpoint or hub_id(spec.size, spec.base)
@@ -227,19 +229,6 @@ def _source(spec: ExportSpec) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
         raise UsageError(f"--dry-run cannot know the size of {name} without downloading it; give a local folder")
     note = "nothing was downloaded: the dimensions are those this package knows of the size"
     return f"{name} at {spec.revision or 'the default revision'}", published, (note,)
-
-
-def _read_config(folder: Path) -> Mapping[str, Any]:
-    path = folder / "config.json"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; give the folder of a published checkpoint") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON ({error}); take it from the published checkpoint") from error
-    if not isinstance(document, dict):
-        raise UsageError(f"{path} holds no JSON object; take it from the published checkpoint")
-    return document
 
 
 def render(plan: Plan, *, as_json: bool) -> str:

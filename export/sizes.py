@@ -1,11 +1,13 @@
 """The sizes of the family: hub ids, and the config that `--checkpoint random` and `check_size` use.
 
 Written down in the form of a published config.json. A real checkpoint is always read through its own
-config.json; this table only generates random weights and catches a checkpoint of another size.
+config.json; this table only generates random weights, and says what a checkpoint's size is called.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +16,16 @@ from typing import Any
 from export.spec import ExportError, UsageError
 
 TINY = "tiny"
+CUSTOM = "custom"
+"""What a checkpoint is called whose dimensions are no published size's."""
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+"""Form of a size's name, as in the schema of the manifest."""
 SHIPPED = "checkpoints/tiny"
 """Source id of the shipped checkpoint. No folder of a user's can have it: theirs are plain names."""
 
-# Text dimensions that tell the sizes apart. Vision rows and the tie flag are left out on purpose: those
-# of 2B and 9B were never seen in a published config, so the checkpoint's own values are taken as they are.
+# Text dimensions that tell the sizes apart. A resized vocabulary is still the same size; the vision encoder and the
+# tie flag are the checkpoint's own.
 _CHECKED = (
-    "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -195,28 +200,44 @@ def shipped_tiny() -> Path:
 
 
 def check_size(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose dimensions are not those of the size; tiny takes any of the family.
+    """Refuse a checkpoint whose dimensions are not those of a published size that it is called; other names are free.
 
     Raises:
-        UsageError: naming the first field that differs, its value and the expected one.
+        UsageError: naming the first field that differs, its value and the expected one, or a name of the wrong form.
     """
-    expected = get_size(name).config
-    if expected is None:
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f"--size {name}: a size's name has small letters, digits, dots and dashes; choose from {', '.join(SIZES)}, "
+            f"or such as {CUSTOM}"
+        )
+    if name not in SIZES:
         return
-    text = config.get("text_config")
-    found = text if isinstance(text, Mapping) else {}
-    for field in _CHECKED:
-        want, got = expected["text_config"][field], found.get(field)
-        if got != want:
+    expected, found = _dimensions(name), _text_config(config)
+    for field, want in expected.items():
+        if found.get(field) != want:
             raise UsageError(
-                f"--size {name}: the checkpoint has text_config.{field} {got}, {name} has {want}; "
-                f"give a {name} checkpoint, or --size {_closest(found)} for this one"
+                f"--size {name}: the checkpoint has text_config.{field} {found.get(field)}, {name} has {want}; leave "
+                f"out --size (this one is called {size_of(config)}), or give it a name of your own"
             )
 
 
-def _closest(text: Mapping[str, Any]) -> str:
-    """The size that these text dimensions belong to, else tiny, which takes any."""
-    for size in SIZES.values():
-        if size.config and all(size.config["text_config"][f] == text.get(f) for f in _CHECKED):
-            return size.name
-    return TINY
+def size_of(config: Mapping[str, Any]) -> str:
+    """The name of the size that a config.json in the published form has the text dimensions of; else "custom"."""
+    found = _text_config(config)
+    for name in SIZES:
+        if all(found.get(field) == want for field, want in _dimensions(name).items()):
+            return name
+    return CUSTOM
+
+
+def _dimensions(name: str) -> dict[str, Any]:
+    """The text dimensions of a size, tiny's from the shipped checkpoint."""
+    config = SIZES[name].config
+    if config is None:
+        config = json.loads((shipped_tiny() / "config.json").read_text(encoding="utf-8"))
+    return {field: config["text_config"][field] for field in _CHECKED}
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else {}

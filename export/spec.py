@@ -36,6 +36,8 @@ class ExportSpec:
     checkpoint: str | None = None
     """None: the size's hub id, or the shipped tiny; else "random", a folder or a hub id."""
     revision: str | None = None
+    adapter: str | None = None
+    """Folder of a PEFT adapter to merge; "none" leaves one out that lies beside the weights."""
     seed: int = 0
     recipe: str = "int4"
     group_size: int | None = None

@@ -1,4 +1,4 @@
-"""Sources of weights: folders of safetensors, random weights, the hub, and the checks before any work."""
+"""Sources of weights: folders of safetensors, random weights, and the checks before any work."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ from safetensors.torch import save_file
 
 from export.checkpoint import CheckpointError, open_checkpoint
 from export.checkpoint.base import block_rows, check_finite
-from export.checkpoint.folder import INDEX, SINGLE, FolderCheckpoint
-from export.checkpoint.names import MTP_NOTICE, check, expected
+from export.checkpoint.check import MTP_NOTICE, check
+from export.checkpoint.folder import FolderCheckpoint
+from export.checkpoint.names import expected
 from export.checkpoint.random import RandomCheckpoint
+from export.checkpoint.shards import INDEX, SINGLE
 from export.model.config import ConfigError, ModelConfig
-from export.sizes import SIZES, TINY, check_size, get_size, hub_id, shipped_tiny
+from export.sizes import CUSTOM, SIZES, TINY, check_size, get_size, hub_id, shipped_tiny, size_of
 from export.spec import ExportError, ExportSpec, UsageError
 from runtime_tests.conftest import VARIANTS, variant
 
@@ -51,6 +52,10 @@ def write(folder: Path, tensors: Tensors, config: dict[str, Any] | None = None, 
         placed |= dict.fromkeys(part, file)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
     return folder
+
+
+def whole_check(checkpoint: Any) -> list[str]:
+    return check(checkpoint, checkpoint.model_config)
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +91,12 @@ def test_sizes_have_their_number_of_parameters(size: str, billions: float) -> No
 
 
 def test_check_accepts_a_complete_checkpoint_and_reports_mtp(tmp_path: Path, tensors: Tensors) -> None:
-    assert check(FolderCheckpoint(write(tmp_path / "plain", tensors))) == []
+    assert whole_check(FolderCheckpoint(write(tmp_path / "plain", tensors))) == []
     # A tied head stored as well is the embedding again: no error and no notice.
     repeated = {**tensors, "lm_head.weight": tensors[EMBEDDING].clone()}
-    assert check(FolderCheckpoint(write(tmp_path / "head", repeated))) == []
+    assert whole_check(FolderCheckpoint(write(tmp_path / "head", repeated))) == []
     with_mtp = {**tensors, "mtp.fc.weight": torch.zeros(2, 2), "mtp.norm.weight": torch.zeros(2)}
-    assert check(FolderCheckpoint(write(tmp_path / "mtp", with_mtp))) == [MTP_NOTICE]
-    assert MTP_NOTICE == "mtp.* is not exported yet"
+    assert whole_check(FolderCheckpoint(write(tmp_path / "mtp", with_mtp))) == [MTP_NOTICE]
 
 
 def _without(tensors: Tensors, *names: str) -> Tensors:
@@ -122,7 +126,7 @@ def test_wrong_tensors_are_named_before_any_work(case: str, tmp_path: Path, tens
     change, message = WRONG_TENSORS[case]
     write(tmp_path, change(tensors))
     with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(ExportSpec("onnx", TINY, checkpoint=str(tmp_path)))
+        open_checkpoint(ExportSpec("onnx", CUSTOM, checkpoint=str(tmp_path)))
 
 
 # --- folders --------------------------------------------------------------------------------------------------
@@ -475,140 +479,51 @@ def test_a_checkpoint_of_another_size_is_refused_with_field_and_remedy() -> None
     assert small is not None
     assert large is not None
     check_size("0.8b", small)
-    check_size(TINY, large)
-    message = r"--size 0.8b: the checkpoint has text_config.hidden_size 4096, 0.8b has 1024; .*--size 9b for this one"
+    message = r"--size 0.8b: the checkpoint has text_config.hidden_size 4096, 0.8b has 1024; leave out --size \(.* 9b\)"
     with pytest.raises(UsageError, match=message):
         check_size("0.8b", large)
+    with pytest.raises(UsageError, match=r"--size tiny: .*hidden_size 4096, tiny has 128; .* called 9b\), or give"):
+        check_size(TINY, large)
+    with pytest.raises(UsageError, match=r"--size My Model: a size's name has small letters, digits, dots and dashes"):
+        check_size("My Model", large)
+    assert [size_of(row.config) for row in SIZES.values() if row.config] == ["0.8b", "2b", "4b", "9b"]
+    assert size_of(FolderCheckpoint(shipped_tiny()).config) == TINY
     layers = json.loads(json.dumps(small))
     layers["text_config"]["num_hidden_layers"] = 20
-    with pytest.raises(UsageError, match=r"text_config.num_hidden_layers 20, 0.8b has 24; .*--size tiny"):
+    with pytest.raises(UsageError, match=r"text_config.num_hidden_layers 20, 0.8b has 24; .*is called custom\)"):
         check_size("0.8b", layers)
+    check_size("my-20-layers", layers)
+    resized = json.loads(json.dumps(small))
+    resized["text_config"]["vocab_size"] = 248_400
+    assert size_of(resized) == "0.8b", "a few added tokens do not make it another model"
+    check_size("0.8b", resized)
 
 
 def test_opening_checks_the_size_of_a_folder(tmp_path: Path, tensors: Tensors) -> None:
     write(tmp_path, tensors)
-    assert open_checkpoint(ExportSpec("onnx", TINY, checkpoint=str(tmp_path))).source["id"] == tmp_path.name
-    with pytest.raises(UsageError, match=r"--size 2b: the checkpoint has text_config.vocab_size 64, 2b has 248320"):
+    assert open_checkpoint(ExportSpec("onnx", CUSTOM, checkpoint=str(tmp_path))).source["id"] == tmp_path.name
+    with pytest.raises(UsageError, match=r"--size 2b: the checkpoint has text_config.hidden_size 128, 2b has 2048"):
         open_checkpoint(ExportSpec("onnx", "2b", checkpoint=str(tmp_path)))
     with pytest.raises(CheckpointError, match=r"absent/folder/x is not a folder; give a folder with config.json"):
-        open_checkpoint(ExportSpec("onnx", TINY, checkpoint="absent/folder/x"))
+        open_checkpoint(ExportSpec("onnx", CUSTOM, checkpoint="absent/folder/x"))
 
 
 @pytest.mark.parametrize("size", [size for size in SIZES if size != TINY])
 def test_random_opens_at_every_size_without_work(size: str) -> None:
     checkpoint = open_checkpoint(ExportSpec("onnx", size, checkpoint="random", seed=4))
-    assert check(checkpoint) == []
+    assert whole_check(checkpoint) == []
     assert checkpoint.source == {"kind": "random", "id": size, "revision": None, "seed": 4}
     assert checkpoint.sidecar("tokenizer.json") is None
 
 
 def test_the_shipped_tiny_checkpoint_is_complete() -> None:
     checkpoint = open_checkpoint(ExportSpec("onnx", TINY))
-    assert check(checkpoint) == []
+    assert checkpoint.notices == []
     assert checkpoint.sidecar("tokenizer.json") is not None
     assert sum(file.stat().st_size for file in shipped_tiny().iterdir()) <= 16e6
     random = open_checkpoint(ExportSpec("onnx", TINY, checkpoint="random"))
     assert random.names() == checkpoint.names()
     assert random.sidecar("tokenizer.json") == checkpoint.sidecar("tokenizer.json")
-
-
-# --- hub ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub at a closed port of this machine, and an empty cache."""
-    from huggingface_hub import constants
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", endpoint)
-    monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    return tmp_path
-
-
-def _cached(cache: Path, tensors: Tensors) -> str:
-    """A finished download in the library's own layout, as a run with network leaves it."""
-    commit = "a" * 40
-    repository = cache / "models--org--name"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    (repository / "snapshots").mkdir()
-    write(repository / "snapshots" / commit, tensors)
-    return commit
-
-
-def test_without_network_the_message_names_both_ways_out(no_hub: Path) -> None:
-    message = r"cannot download org/name: no connection .*--checkpoint PATH, or --checkpoint random"
-    with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(ExportSpec("onnx", TINY, checkpoint="org/name"))
-    with pytest.raises(CheckpointError, match=r"cannot download Qwen/Qwen3.5-0.8B-Base: no connection"):
-        open_checkpoint(ExportSpec("onnx", "0.8b", base=True))
-    assert not list(no_hub.rglob("*.safetensors"))
-
-
-def test_without_network_a_finished_download_is_used(no_hub: Path, tensors: Tensors) -> None:
-    commit = _cached(no_hub, tensors)
-    checkpoint = open_checkpoint(ExportSpec("onnx", TINY, checkpoint="org/name"))
-    assert checkpoint.source == {"kind": "hub", "id": "org/name", "revision": commit, "seed": None}
-    assert torch.equal(checkpoint.read(Q), tensors[Q].float())
-
-
-def _failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> dict[str, Any]:
-    asked: dict[str, Any] = {}
-
-    def snapshot_download(name: str, **options: Any) -> str:
-        asked.update(options, name=name)
-        raise error
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    return asked
-
-
-def _hub_error(kind: str) -> BaseException:
-    """One of the library's errors, without the HTTP response that its constructor wants."""
-    from huggingface_hub import errors
-
-    error: type[BaseException] = getattr(errors, kind)
-    return error.__new__(error)
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("RepositoryNotFoundError", r"the hub has no repository org/name; .*--checkpoint PATH"),
-        ("RevisionNotFoundError", r"org/name has no revision 'v9'; choose another --revision"),
-        ("GatedRepoError", r"org/name is gated; log in with `hf auth login`"),
-    ],
-)
-def test_what_the_hub_refuses_is_told_apart(kind: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = _failing(monkeypatch, _hub_error(kind))
-    with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(ExportSpec("onnx", TINY, checkpoint="org/name", revision="v9"))
-    assert asked["name"] == "org/name"
-    assert asked["revision"] == "v9"
-    # Neither pickles nor code is ever asked for.
-    assert not any(pattern.endswith((".bin", ".pt", ".pth", ".py", "*")) for pattern in asked["allow_patterns"][:-1])
-
-
-def test_a_full_disk_is_not_blamed_on_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    _failing(monkeypatch, OSError(28, "No space left on device"))
-    with pytest.raises(CheckpointError, match=r"no space left in the hub cache; free some, or point HF_HOME"):
-        open_checkpoint(ExportSpec("onnx", TINY, checkpoint="org/name"))
-
-
-def test_a_name_that_is_no_hub_id(no_hub: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"'org/na me' is no hub id; write it as org/name"):
-        open_checkpoint(ExportSpec("onnx", TINY, checkpoint="org/na me"))
-
-
-def test_an_interrupt_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    _failing(monkeypatch, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        open_checkpoint(ExportSpec("onnx", TINY, checkpoint="org/name"))
 
 
 def test_every_checkpoint_error_is_an_export_error() -> None:

@@ -1,4 +1,4 @@
-"""The contract of a bundle's signatures (BUNDLE.md), for every target: what they declare, and what a call must fit."""
+"""The contract of signatures (docs/bundle.md), for every target: what they declare, and what a call must fit."""
 
 from __future__ import annotations
 

@@ -12,13 +12,29 @@ __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
 
 
 def open_checkpoint(spec: ExportSpec) -> Checkpoint:
-    """Open what `--checkpoint`, `--size`, `--base` and `--revision` name; no weight is read yet.
+    """Open what `--checkpoint`, `--adapter`, `--size`, `--base` and `--revision` name; no weight is read yet.
 
     Raises:
         CheckpointError: it cannot be found or trusted. UsageError: it is of another size.
     """
+    from export.checkpoint.adapter import AdapterCheckpoint
+    from export.checkpoint.adapter_config import NO_ADAPTER
+    from export.checkpoint.check import check
+
+    checkpoint = _open(spec)
+    if spec.adapter not in (None, NO_ADAPTER):
+        checkpoint = AdapterCheckpoint(checkpoint, str(spec.adapter))
+    if spec.checkpoint != "random":
+        check_size(spec.size, checkpoint.config)
+        config = checkpoint.model_config if spec.vision else checkpoint.model_config.without_vision()
+        checkpoint.notices += check(checkpoint, config)
+    return checkpoint
+
+
+def _open(spec: ExportSpec) -> Checkpoint:
+    from export.checkpoint.adapter_config import check_beside
     from export.checkpoint.folder import FolderCheckpoint
-    from export.checkpoint.names import check
+    from export.checkpoint.hub import open_hub
     from export.checkpoint.random import RandomCheckpoint
 
     if spec.checkpoint == "random":
@@ -29,20 +45,23 @@ def open_checkpoint(spec: ExportSpec) -> Checkpoint:
         if config is None:
             raise CheckpointError(f"--size {spec.size}: no config to draw random weights for")
         return RandomCheckpoint(config, spec.seed, label=spec.size, sidecars=tiny)
-    checkpoint: Checkpoint
     if spec.checkpoint is None and spec.size == TINY:
-        checkpoint = FolderCheckpoint(shipped_tiny(), {"kind": "path", "id": SHIPPED, "revision": None, "seed": None})
-    elif spec.checkpoint is not None and (Path(spec.checkpoint).exists() or not _is_hub_id(spec.checkpoint)):
-        checkpoint = FolderCheckpoint(spec.checkpoint)
-    else:
-        from export.checkpoint.hub import open_hub
+        return FolderCheckpoint(shipped_tiny(), {"kind": "path", "id": SHIPPED, "revision": None, "seed": None})
+    if is_folder(spec.checkpoint):
+        check_beside(Path(str(spec.checkpoint)), spec.adapter)
+        return FolderCheckpoint(str(spec.checkpoint))
+    downloaded = open_hub(spec.checkpoint or hub_id(spec.size, spec.base), spec.revision)
+    check_beside(downloaded.path, spec.adapter)
+    return downloaded
 
-        checkpoint = open_hub(spec.checkpoint or hub_id(spec.size, spec.base), spec.revision)
-    check_size(spec.size, checkpoint.config)
-    check(checkpoint)
-    return checkpoint
+
+def is_folder(checkpoint: str | None) -> bool:
+    """Whether `--checkpoint` means a folder, there or not: all that is no hub id does."""
+    return checkpoint not in (None, "random") and (Path(str(checkpoint)).exists() or not _is_hub_id(str(checkpoint)))
 
 
 def _is_hub_id(text: str) -> bool:
-    """"org/name" with no further slash and no leading dot, slash or tilde."""
+    """"org/name" with no further slash and no leading dot, slash or tilde, or anything at ModelScope."""
+    if text.startswith("modelscope:"):
+        return True
     return text.count("/") == 1 and text[0] not in "./~" and not text.endswith("/")

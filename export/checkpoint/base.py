@@ -86,7 +86,10 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: absent, unreadable or malformed file, or one that holds no object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):  # transformers does not read such a file either
+            raise CheckpointError(f"{path} begins with a byte order mark, which JSON has not; save it as plain UTF-8")
+        value = json.loads(text)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent} has no {path.name}; give the folder of a complete Qwen3.5 checkpoint"

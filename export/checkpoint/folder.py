@@ -1,48 +1,29 @@
-"""A checkpoint folder in the published form: config.json and single or sharded safetensors.
-
-The safetensors header is parsed here so that exactly the bytes of the asked rows are read (seek and
-readinto). Memory-mapping would count whole shards towards the process's memory.
-"""
+"""A checkpoint folder, as published or as a fine-tuning tool wrote it: config.json and safetensors."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from export.checkpoint.base import CheckpointError, check_finite, check_range, read_json
+from export.checkpoint.base import CheckpointError, block_rows
+from export.checkpoint.names import EMBEDDING, HEAD, canonical
+from export.checkpoint.published import read_config, read_image_processor
+from export.checkpoint.safetensors import Entry, check_dtype, read_rows, read_stored
+from export.checkpoint.shards import find_tensors
 from export.model.config import ModelConfig
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-DTYPES: Mapping[str, torch.dtype] = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-}
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_IDENTITY = ("*.json", "*.safetensors", "*.jinja", "*.txt")
-# The limit of the safetensors library itself; a longer header is garbage read as a length.
-_MAX_HEADER_BYTES = 100_000_000
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor lies: `begin` is its first byte in `shard`."""
-
-    shard: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
+_IDENTITY = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*/*.jinja")
 
 
 class FolderCheckpoint:
-    """A folder with config.json and model.safetensors, or shards with their index.
+    """A folder with config.json and model.safetensors, or shards.
+
+    Tensors go by their published names, whatever prefix the folder's tool gave them (`export.checkpoint.names`).
+    `model_config` is tied as transformers ties: see `_tie`.
 
     Args:
         path: the folder.
@@ -50,8 +31,8 @@ class FolderCheckpoint:
             bundle must not carry the directory layout of the machine that made it.
 
     Raises:
-        CheckpointError: absent or unreadable files, another family, pickle-only weights, damaged or
-            truncated shards, an index that does not fit its shards.
+        CheckpointError: absent or unreadable files, pickle-only weights, damaged or truncated shards, two tensors
+            of one name, a head that cannot be the model's.
         ConfigError: config.json of another family, with unsupported features or with wrong values.
     """
 
@@ -59,25 +40,17 @@ class FolderCheckpoint:
         self.path = Path(path)
         self.folder: Path | None = self.path
         self.notices: list[str] = []
-        if not self.path.is_dir():
-            raise CheckpointError(
-                f"checkpoint {self.path} is not a folder; give a folder with config.json and {SINGLE}, "
-                "a hub id, or random"
-            )
-        self.config: Mapping[str, Any] = read_json(self.path / "config.json")
-        if self.config.get("model_type") == "qwen3_5_text":
-            raise CheckpointError(
-                f"{self.path / 'config.json'} has model_type 'qwen3_5_text', a text decoder saved alone; "
-                "this project reads the published form, model_type 'qwen3_5' with a text_config: save the "
-                "whole Qwen3_5ForConditionalGeneration"
-            )
-        preprocessor = self.path / "preprocessor_config.json"
-        self.preprocessor: Mapping[str, Any] | None = (
-            read_json(preprocessor) if preprocessor.is_file() else None
-        )
+        self.config: Mapping[str, Any] = read_config(self.path)
+        self.preprocessor = read_image_processor(self.path)
         self.model_config = ModelConfig.from_dict(self.config, self.preprocessor)
         self.source: dict[str, Any] = source or {"kind": "path", "id": self.path.resolve().name}
-        self._entries = _entries(self.path)
+        self._entries = _published(find_tensors(self.path))
+        self._tie()
+        if self.model_config.vision is not None and not any(n.startswith("model.visual.") for n in self._entries):
+            self.model_config = self.model_config.without_vision()
+            self.notices.append(
+                "config.json describes a vision encoder but the weights hold none: the bundle will answer text only"
+            )
 
     def sidecar(self, name: str) -> Path | None:
         """Path of the file `name` in the folder, or None."""
@@ -89,39 +62,17 @@ class FolderCheckpoint:
         return sorted(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor; CheckpointError if it is missing."""
+        """Shape of a tensor; CheckpointError if it is missing or its dtype is not read."""
         return self._entry(name).shape
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows [start, stop) of a tensor as float32; see `Checkpoint.read`."""
-        entry = self._entry(name)
-        start, stop = check_range(name, entry.shape, start, stop)
-        row_shape = entry.shape[1:]
-        row_bytes = math.prod(row_shape) * entry.dtype.itemsize
-        stored = torch.empty((stop - start, *row_shape), dtype=entry.dtype)
-        buffer: memoryview = stored.reshape(-1).view(torch.uint8).numpy().data
-        try:
-            with entry.shard.open("rb", buffering=0) as file:
-                file.seek(entry.begin + start * row_bytes)
-                done = 0
-                while done < len(buffer):
-                    count = file.readinto(buffer[done:])
-                    if not count:
-                        raise CheckpointError(
-                            f"{entry.shard} ends inside {name}: it was changed or truncated while being "
-                            "read; download it again"
-                        )
-                    done += count
-        except OSError as error:
-            raise CheckpointError(f"{entry.shard} cannot be read: {error.strerror or error}") from error
-        values = stored.to(torch.float32)
-        check_finite(name, values, start)
-        return values if entry.shape else values.reshape(())
+        return read_rows(name, self._entry(name), start, stop)
 
     def content_key(self) -> str:
         """Names, sizes and modification times of every file that can reach the bundle."""
         files = {file for pattern in _IDENTITY for file in self.path.glob(pattern) if file.is_file()}
-        stats = [(file.name, file.stat()) for file in sorted(files)]
+        stats = [(file.relative_to(self.path).as_posix(), file.stat()) for file in sorted(files)]
         return "folder:" + ";".join(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)
 
     def _entry(self, name: str) -> Entry:
@@ -130,107 +81,66 @@ class FolderCheckpoint:
                 f"{self.path} has no tensor {name}; a Qwen3.5 checkpoint with this config.json must hold it: "
                 "download the checkpoint again"
             )
+        check_dtype(name, self._entries[name])
         return self._entries[name]
 
+    def _tie(self) -> None:
+        """Decide whether head and embedding are one, as transformers does (modeling_utils.tie_weights).
 
-def _entries(folder: Path) -> dict[str, Entry]:
-    """Every tensor of a checkpoint, from the headers of its shards."""
-    if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE)
-    if (folder / INDEX).is_file():
-        return _indexed(folder)
-    if any(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{folder} has safetensors files but neither {SINGLE} nor {INDEX}; add the index that was "
-            "published with the shards"
-        )
-    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{folder} holds its weights as pickle ({pickles[0]}); only safetensors are read, because "
-            "unpickling runs code: convert with save_pretrained(safe_serialization=True)"
-        )
-    raise CheckpointError(f"{folder} has no weights; {SINGLE} or {INDEX} with its shards must be there")
+        A model that config.json ties is tied if either of the two is stored alone or both are equal; two that differ
+        are both used. Where it does not tie, the head must be stored: `check` finds it missing.
 
-
-def _indexed(folder: Path) -> dict[str, Entry]:
-    index = folder / INDEX
-    placed = read_json(index).get("weight_map")
-    if not isinstance(placed, dict) or not all(isinstance(shard, str) for shard in placed.values()):
-        raise CheckpointError(f"{index} has no weight_map of tensor to file name; download it again")
-    shards: dict[str, dict[str, Entry]] = {}
-    for shard in sorted(set(placed.values())):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index} names the shard {shard!r}; shards must lie beside the index")
-        if not (folder / shard).is_file():
-            count = sum(value == shard for value in placed.values())
+        Raises:
+            CheckpointError: a stored head of another shape than the embedding.
+        """
+        embedding, head = self._entries.get(EMBEDDING), self._entries.get(HEAD)
+        text = self.model_config.text
+        if head is not None and head.shape != (text.vocab_size, text.hidden_size):
+            zero3 = " (DeepSpeed ZeRO-3 leaves such a placeholder)" if head.shape == (0,) else ""
             raise CheckpointError(
-                f"{index} names the shard {shard} ({count} tensors), which is absent; download it into {folder}"
+                f"{HEAD} has shape {list(head.shape)}{zero3}; config.json implies "
+                f"{[text.vocab_size, text.hidden_size]}: save the "
+                "model again after resizing its embeddings, with all weights gathered"
             )
-        shards[shard] = read_header(folder / shard)
-    entries = {}
-    for name, shard in placed.items():
-        if name not in shards[shard]:
+        if not text.tie_word_embeddings or head is None:
+            return
+        if embedding is None:
+            self._entries[EMBEDDING] = self._entries.pop(HEAD)
+        elif not _equal(embedding, head):
+            self.model_config = replace(self.model_config, text=replace(text, tie_word_embeddings=False))
+            self.notices.append(
+                f"config.json ties the head to the embedding, but {HEAD} is stored and differs from it: both are used, "
+                "as transformers does"
+            )
+
+
+def _published(stored: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Entries by published name.
+
+    Raises:
+        CheckpointError: two stored names are one published name.
+    """
+    entries: dict[str, Entry] = {}
+    spelled: dict[str, str] = {}
+    for name, entry in stored.items():
+        published = canonical(name)
+        if published in entries:
             raise CheckpointError(
-                f"{index} places {name} in {shard}, which does not hold it; download index and shards again"
+                f"the checkpoint holds {spelled[published]} and {name}, which are both {published}; keep one of them"
             )
-        entries[name] = shards[shard][name]
+        entries[published], spelled[published] = entry, name
     return entries
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file: 8 bytes of header length, JSON, then the data without holes.
-
-    Raises:
-        CheckpointError: truncated or corrupt file, unsupported dtype.
-    """
-    try:
-        size = path.stat().st_size
-        file = path.open("rb")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    with file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{path} is truncated or no safetensors file: its header claims {length} bytes, the file "
-                f"has {size}; download it again"
-            )
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            tensors = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path} has a corrupt header ({type(error).__name__}: {error}); download it again"
-            ) from error
-    end = 8 + length
-    for name, entry in sorted(tensors.items(), key=lambda item: item[1].begin):
-        # The format allows neither holes nor overlaps, so any of them means damage.
-        num_bytes = math.prod(entry.shape) * entry.dtype.itemsize
-        if entry.begin != end:
-            raise CheckpointError(
-                f"{path} is corrupt: {name} begins at byte {entry.begin}, the tensor before it ends at "
-                f"{end}; download it again"
-            )
-        end += num_bytes
-    if end != size:
-        raise CheckpointError(
-            f"{path} is {'truncated' if size < end else 'too long'}: its header describes {end} bytes, the "
-            f"file has {size}; download it again"
-        )
-    return tensors
-
-
-def _entry(path: Path, name: str, value: Mapping[str, Any], data: int) -> Entry:
-    dtype = value["dtype"]
-    if dtype not in DTYPES:
-        raise CheckpointError(
-            f"{path} stores {name} as {dtype}; {', '.join(DTYPES)} are read: use the checkpoint that was "
-            "published in bfloat16, not a quantised one"
-        )
-    shape = tuple(int(n) for n in value["shape"])
-    begin, end = (int(n) for n in value["data_offsets"])
-    if min((*shape, begin)) < 0 or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise ValueError(f"{name} {list(shape)} {dtype} has bytes {begin} to {end}")
-    return Entry(path, DTYPES[dtype], shape, data + begin)
+def _equal(a: Entry, b: Entry) -> bool:
+    """Whether two stored tensors hold the same values, read block by block."""
+    if a.shape != b.shape:
+        return False
+    rows = block_rows(a.shape)
+    for start in range(0, a.shape[0], rows):
+        stop = min(start + rows, a.shape[0])
+        if not torch.equal(
+            read_stored(EMBEDDING, a, start, stop).float(), read_stored(HEAD, b, start, stop).float()
+        ):
+            return False
+    return True

@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-from export.checkpoint.base import Checkpoint, CheckpointError
 from export.model.config import LINEAR, ModelConfig, TextConfig, VisionConfig
 
 Shape = tuple[int, ...]
-MTP_NOTICE = "mtp.* is not exported yet"
+EMBEDDING = "model.language_model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 """What PEFT, DistributedDataParallel and torch.compile put before every name of the model they wrap."""
@@ -63,41 +63,6 @@ def expected(config: ModelConfig) -> dict[str, Shape]:
     return names
 
 
-def check(checkpoint: Checkpoint) -> list[str]:
-    """Compare all names and shapes with the config before any work starts.
-
-    Returns:
-        Notices for the user: what the checkpoint holds that is known and not exported.
-
-    Raises:
-        CheckpointError: a missing, misshaped or unknown tensor.
-    """
-    wanted = expected(checkpoint.model_config)
-    found = set(checkpoint.names())
-    missing = sorted(set(wanted) - found)
-    if missing:
-        raise CheckpointError(
-            f"the checkpoint lacks {_listed(missing)}; config.json implies {_count(missing)}: take weights "
-            "and config.json from the same publication"
-        )
-    for name, shape in wanted.items():
-        if checkpoint.shape(name) != shape:
-            raise CheckpointError(
-                f"{name} has shape {list(checkpoint.shape(name))}; config.json implies {list(shape)}: take "
-                "weights and config.json from the same publication"
-            )
-    # A tied head may be stored as well; it repeats the embedding and is not read.
-    extra = found - set(wanted) - {"lm_head.weight"}
-    unknown = sorted(name for name in extra if not name.startswith("mtp."))
-    if unknown:
-        # Leaving out a tensor that the model was trained with (a bias, an adapter) gives wrong output.
-        raise CheckpointError(
-            f"the checkpoint holds {_listed(unknown)}, which no Qwen3.5 of this config.json has; use an "
-            "unmodified checkpoint, adapters merged and not quantised"
-        )
-    return [MTP_NOTICE] if len(extra) > len(unknown) else []
-
-
 def _text(c: TextConfig) -> dict[str, Shape]:
     model = "model.language_model"
     names: dict[str, Shape] = {f"{model}.embed_tokens.weight": (c.vocab_size, c.hidden_size)}
@@ -111,7 +76,7 @@ def _text(c: TextConfig) -> dict[str, Shape]:
         names[f"{layer}.mlp.down_proj.weight"] = (c.hidden_size, c.intermediate_size)
     names[f"{model}.norm.weight"] = (c.hidden_size,)
     if not c.tie_word_embeddings:
-        names["lm_head.weight"] = (c.vocab_size, c.hidden_size)
+        names[HEAD] = (c.vocab_size, c.hidden_size)
     return names
 
 
@@ -165,12 +130,3 @@ def _vision(c: VisionConfig) -> dict[str, Shape]:
         names[f"{model}.{linear}.weight"] = (rows, columns)
         names[f"{model}.{linear}.bias"] = (rows,)
     return names
-
-
-def _listed(names: list[str]) -> str:
-    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest
-
-
-def _count(names: list[str]) -> str:
-    return "this tensor" if len(names) == 1 else f"these {len(names)} tensors"

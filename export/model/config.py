@@ -19,6 +19,8 @@ FULL = "full_attention"
 MAX_DIMENSION = 2**31 - 1
 """Runtimes index with int32."""
 MAX_LAYERS = 1024
+DEFAULT_THETA = 10000.0
+"""transformers' base of rotary embedding where config.json names none."""
 
 
 class ConfigError(ExportError):
@@ -108,7 +110,9 @@ class ModelConfig:
     def from_dict(
         cls, config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None = None
     ) -> ModelConfig:
-        """Read a published config.json (and preprocessor_config.json for the image mean and std).
+        """Read a config.json in the published form, and the image processor's settings for how pixels are scaled.
+
+        Whether head and embedding are tied is what config.json says at its top level; the checkpoint may know better.
 
         Raises:
             ConfigError: another model family, an unsupported feature, or a field that is missing, of another
@@ -124,7 +128,8 @@ class ModelConfig:
         text = _text(top.section("text_config"), top.flag("tie_word_embeddings", False))
         vision = None
         if config.get("vision_config") not in (None, {}):
-            pictures = _Section(preprocessor or {}, "", "preprocessor_config.json")
+            given = {name: value for name, value in (preprocessor or {}).items() if value is not None}
+            pictures = _Section(given, "", "the image processor")
             vision = _vision(top.section("vision_config"), pictures)
             if vision.out_hidden_size != text.hidden_size:
                 raise ConfigError(
@@ -231,8 +236,8 @@ class _Section:
 
     def require(self, name: str, supported: Any) -> None:
         """A feature that the exportable model has in one form only, which is also the default."""
-        value = self.values.get(name, supported)
-        if value != supported:
+        value = self.values.get(name)
+        if value is not None and value != supported:
             raise ConfigError(
                 f"{self.file} has {self.where}{name} {_shown(value)}; the exportable model knows only "
                 f"{supported!r}, which every published Qwen3.5 uses"
@@ -259,9 +264,7 @@ def _text(section: _Section, tied: bool) -> TextConfig:
     section.require("hidden_act", "silu")
     section.require("attention_bias", False)
     section.require("attn_output_gate", True)
-    rope = section.optional("rope_parameters", "rope_scaling")
-    rope.require("rope_type", "default")
-    rope.require("mrope_interleaved", True)
+    rope = _rope(section)
     head_dim = section.integer("head_dim")
     factor = _holder("partial_rotary_factor", rope, section)
     rotated = head_dim * factor.number("partial_rotary_factor", 0.25)
@@ -280,16 +283,17 @@ def _text(section: _Section, tied: bool) -> TextConfig:
         num_key_value_heads=section.integer("num_key_value_heads"),
         head_dim=head_dim,
         rotary_dim=rotary_dim,
-        rope_theta=_holder("rope_theta", rope, section).number("rope_theta"),
-        mrope_section=_mrope_section(rope, rotary_dim),
+        rope_theta=_holder("rope_theta", rope, section).number("rope_theta", DEFAULT_THETA),
+        mrope_section=_mrope_section(rope),
         rms_norm_eps=section.number("rms_norm_eps", 1e-6),
         linear_num_key_heads=section.integer("linear_num_key_heads"),
         linear_num_value_heads=section.integer("linear_num_value_heads"),
         linear_key_head_dim=section.integer("linear_key_head_dim"),
         linear_value_head_dim=section.integer("linear_value_head_dim"),
         linear_conv_kernel_dim=section.integer("linear_conv_kernel_dim", 4),
-        tie_word_embeddings=section.flag("tie_word_embeddings", tied) or tied,
+        tie_word_embeddings=tied,
     )
+    section.flag("tie_word_embeddings", tied)  # transformers asks the top level only, but refuses other values here
     for many, few in (
         ("num_attention_heads", "num_key_value_heads"),
         ("linear_num_value_heads", "linear_num_key_heads"),
@@ -307,23 +311,55 @@ def _holder(name: str, *sections: _Section) -> _Section:
     return next((section for section in sections if name in section.values), sections[0])
 
 
-def _mrope_section(rope: _Section, rotary_dim: int) -> tuple[int, int, int]:
-    """Rotated pairs that time, height and width get."""
+def _rope(section: _Section) -> _Section:
+    """The object that describes rotary embedding, standardised as transformers does (modeling_rope_utils,
+    `convert_rope_params_to_dict`): `rope_scaling` of older configs wins over `rope_parameters`, `type` is the old
+    name of `rope_type`.
+
+    Raises:
+        ConfigError: positions are stretched (yarn, linear, dynamic, …), or there is one rope per kind of layer.
+    """
+    name = "rope_scaling" if section.values.get("rope_scaling") else "rope_parameters"
+    rope = section.optional(name)
+    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
+    nested = [key for key in (LINEAR, FULL) if key in rope.values]
+    if nested:
+        raise ConfigError(
+            f"config.json has {rope.where}{nested[0]}; the exportable model has one rotary embedding for all layers: "
+            "give a checkpoint with a flat rope_parameters"
+        )
+    if kind != "default":
+        beside = " (it wins over rope_parameters beside it)" if name == "rope_scaling" else ""
+        raise ConfigError(
+            f"config.json has {rope.where}rope_type {_shown(kind)}{beside}; the exportable model knows 'default' only, "
+            f"which every published Qwen3.5 uses: remove text_config.{name} if the model was not trained with it, and "
+            "keep to the context it was trained for"
+        )
+    rope.require("mrope_interleaved", True)
+    return rope
+
+
+def _mrope_section(rope: _Section) -> tuple[int, int, int]:
+    """Rotated pairs that time, height and width get.
+
+    They need not add up to all pairs: the second and third bound which of them height and width take, and time has
+    the rest (transformers, `recomposition_frequencies`).
+    """
     sections = rope.get("mrope_section", (11, 11, 10))
     whole = isinstance(sections, list | tuple) and all(type(n) is int and n > 0 for n in sections)
-    if not whole or len(sections) != 3 or sum(sections) != rotary_dim // 2:
+    if not whole or len(sections) != 3:
         raise ConfigError(
-            f"config.json has mrope_section {_shown(sections)}; its three numbers must be whole, above 0 and add "
-            f"up to {rotary_dim // 2}, half of the {rotary_dim} rotated dimensions"
+            f"config.json has mrope_section {_shown(sections)}; it must be three whole numbers above 0: take "
+            "config.json from the published checkpoint"
         )
     return sections[0], sections[1], sections[2]
 
 
 def _layer_types(section: _Section) -> tuple[str, ...]:
     layers = section.integer("num_hidden_layers", most=MAX_LAYERS)
-    interval = section.integer("full_attention_interval", 4)
     kinds = section.values.get("layer_types")
     if kinds is None:
+        interval = section.integer("full_attention_interval", 4)
         return tuple(FULL if (i + 1) % interval == 0 else LINEAR for i in range(layers))
     if not isinstance(kinds, list | tuple) or len(kinds) != layers or any(k not in (LINEAR, FULL) for k in kinds):
         raise ConfigError(
@@ -332,9 +368,18 @@ def _layer_types(section: _Section) -> tuple[str, ...]:
     return tuple(kinds)
 
 
+# How the image processor and the encoder call the cutting of a picture into patches.
+_PATCHES = (
+    ("patch_size", "patch_size"),
+    ("temporal_patch_size", "temporal_patch_size"),
+    ("merge_size", "spatial_merge_size"),
+)
+
+
 def _vision(section: _Section, preprocessor: _Section) -> VisionConfig:
     section.require("hidden_act", "gelu_pytorch_tanh")
     section.require("in_channels", 3)
+    mean, std = _pixel_scale(preprocessor)
     vision = VisionConfig(
         depth=section.integer("depth", most=MAX_LAYERS),
         hidden_size=section.integer("hidden_size"),
@@ -346,9 +391,15 @@ def _vision(section: _Section, preprocessor: _Section) -> VisionConfig:
         out_hidden_size=section.integer("out_hidden_size"),
         num_position_embeddings=section.integer("num_position_embeddings"),
         rope_theta=section.optional("rope_parameters").number("rope_theta", 10000.0),
-        image_mean=preprocessor.channels("image_mean"),
-        image_std=preprocessor.channels("image_std", above=0),
+        image_mean=mean,
+        image_std=std,
     )
+    for theirs, ours in _PATCHES:
+        if preprocessor.get(theirs, getattr(vision, ours)) != getattr(vision, ours):
+            raise ConfigError(
+                f"the image processor has {theirs} {_shown(preprocessor.values[theirs])}, config.json has "
+                f"vision_config.{ours} {getattr(vision, ours)}; both must agree: take the two files from one checkpoint"
+            )
     side = math.isqrt(vision.num_position_embeddings)
     if side * side != vision.num_position_embeddings:
         raise ConfigError(
@@ -361,3 +412,18 @@ def _vision(section: _Section, preprocessor: _Section) -> VisionConfig:
             "each head must have a multiple of 4 dimensions for two-dimensional rotary embedding"
         )
     return vision
+
+
+def _pixel_scale(preprocessor: _Section) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std that take a picture in 0…1 to what the image processor makes of its bytes.
+
+    The processor multiplies bytes by `rescale_factor` (1/255) unless do_rescale is false, then subtracts the mean and
+    divides by the std unless do_normalize is false; all of it is one scale and one shift of each channel.
+    """
+    mean, std = preprocessor.channels("image_mean"), preprocessor.channels("image_std", above=0)
+    if not preprocessor.flag("do_normalize", True):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    factor = preprocessor.number("rescale_factor", 1 / 255) if preprocessor.flag("do_rescale", True) else 1.0
+    if factor == 1 / 255:
+        return mean, std
+    return tuple(m / (255 * factor) for m in mean), tuple(s / (255 * factor) for s in std)

@@ -8,8 +8,8 @@ from jinja2 import Environment, StrictUndefined
 
 TEMPLATE = """---
 license: {{ m.model.license }}
-base_model: {{ m.model.source.id }}
-library_name: {{ m.target.runtime }}
+{% if ":" not in m.model.source.id %}base_model: {{ m.model.source.id }}
+{% endif %}library_name: {{ m.target.runtime }}
 ---
 
 # {{ m.name }}

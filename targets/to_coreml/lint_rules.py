@@ -20,7 +20,7 @@ COREML_LLM = "https://github.com/john-rocky/CoreML-LLM/blob/main/docs/"
 LESSONS = f"{COREML_LLM}QWEN35_LESSONS.md"
 CATALOGUE = f"{COREML_LLM}MIL_OP_CATALOG.md"
 FACTS = "project FACTS, section 4"
-CONTRACT = "the contract of bundles, BUNDLE.md"
+CONTRACT = "the contract of bundles, docs/bundle.md"
 
 
 @dataclass(frozen=True)
