@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
 from export.checkpoint.folder import FolderCheckpoint
+from export.checkpoint.names import EMBEDDING, HEAD
 from export.model.config import ConfigError, ModelConfig
 from export.model.operators import ops
 from export.model.positions import PositionCounter, splice
@@ -27,8 +28,6 @@ from export.validate import ladder, metrics
 from export.validate.case import Case, Rung
 from export.validate.ladder import l0
 from export.validate.transformers_model import (
-    EMBEDDING,
-    HEAD,
     SPARE_BYTES,
     bytes_needed,
     head_tensor,
@@ -151,10 +150,10 @@ def test_the_head_is_the_tensor_that_transformers_takes(name: str, tmp_path: Pat
 def test_a_text_decoder_saved_alone_has_its_own_flag(
     text: bool | None, stored: str, expected: str, tmp_path: Path
 ) -> None:
-    # The flag of the config above it says the opposite, as a reader that merges both might give it.
-    checkpoint = FolderCheckpoint(write(tmp_path / "whole", head(not text, text, stored)))
-    checkpoint.folder = write(tmp_path / "alone", alone(head(not text, text, stored)))
+    # The flag of the config that it was cut out of says the opposite.
+    checkpoint = FolderCheckpoint(write(tmp_path / "alone", alone(head(not text, text, stored))))
     assert head_tensor(checkpoint) == expected
+    assert checkpoint.model_config.text.tie_word_embeddings == (expected == EMBEDDING)
 
 
 @pytest.mark.parametrize("name", ["said to be tied, differs", "untied at the top only"])
@@ -310,9 +309,9 @@ def test_a_checkpoint_in_memory_fills_the_whole_model() -> None:
 
 @pytest.mark.parametrize("saved", ["alone", "with an encoder that the bundle leaves out"])
 def test_a_model_without_pictures(saved: str, tmp_path: Path) -> None:
-    checkpoint = FolderCheckpoint(TINY)
-    if saved == "alone":
-        checkpoint.folder = write(tmp_path / "alone", alone(head(True, True, "absent")))
+    checkpoint = FolderCheckpoint(
+        write(tmp_path / "alone", alone(head(True, True, "absent"))) if saved == "alone" else TINY
+    )
     case = make_case(checkpoint, checkpoint.model_config.without_vision())
     case.manifest = {**case.manifest, "image_sizes": []}
     rung = l0(case)

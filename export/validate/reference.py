@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.checkpoint.base import Checkpoint
+from export.checkpoint.names import EMBEDDING
 from export.checkpoint.weights import TEXT, VISION, Weights
 from export.model import state
 from export.model.config import FULL, ModelConfig
 from export.model.decoder import Decoder
 from export.model.operators import ops
 from export.model.vision import VisionEncoder
-from export.validate.transformers_model import EMBEDDING, head_tensor, hf_config, on_meta, pixels
+from export.validate.transformers_model import head_tensor, hf_config, on_meta, pixels
 
 HEAD_ROWS = 16384
 Arrays = dict[str, NDArray[Any]]

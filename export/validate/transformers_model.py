@@ -20,13 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from export.checkpoint.base import Checkpoint, block_rows
-from export.checkpoint.names import canonical, expected
-from export.checkpoint.weights import TEXT, VISION
+from export.checkpoint.names import EMBEDDING, HEAD, canonical, expected
+from export.checkpoint.weights import VISION
 from export.model.config import ConfigError, ModelConfig
 from targets.quiet import quiet_imports
 
-EMBEDDING = f"{TEXT}.embed_tokens.weight"
-HEAD = "lm_head.weight"
 SPARE_BYTES = 2**30
 """Room for activations: a 0.8B took 0.3 GB beside weights and logits, and a wider model takes more."""
 
