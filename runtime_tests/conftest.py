@@ -82,7 +82,7 @@ BASE: dict[str, Any] = {
 class MemoryCheckpoint:
     """A checkpoint held in memory: transformers' own initialisation, made lively by noise."""
 
-    preprocessor = None
+    preprocessor: dict[str, Any] | None = None
     folder: Path | None = None
 
     def __init__(self, config: dict[str, Any], seed: int = 0) -> None:

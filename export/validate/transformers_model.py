@@ -106,6 +106,9 @@ def model_class(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Any, Any]:
             settings = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
     alone = settings.get_text_config() is settings
     settings = cut(settings, config.text.layer_types, vision=config.vision is not None)
+    if getattr(settings, "quantization_config", None) is not None:
+        # Left over from training: quantised tensors are refused on reading, and float32 ones not quantised here.
+        del settings.quantization_config
     return Qwen3_5ForCausalLM if alone else Qwen3_5ForConditionalGeneration, settings
 
 
@@ -156,35 +159,50 @@ class Pixels:
 
 
 def pixels(checkpoint: Checkpoint, config: ModelConfig, images: Sequence[NDArray[Any]]) -> Pixels:
-    """Pictures [3, H, W] of 8-bit values in 0…1 through transformers' image processor with the checkpoint's settings.
+    """Pictures [3, H, W] of 8-bit values in 0…1 through transformers' image processor.
 
-    They have a size of the bundle already, so that nothing is resized. Without settings of the checkpoint those of
-    the published ones hold: mean and standard deviation 0.5.
+    Its settings are those in the checkpoint's folder as transformers reads them, else `checkpoint.preprocessor`, else
+    the published ones (mean and standard deviation 0.5). The pictures have a size of the bundle already, so that
+    nothing is resized.
 
     Raises:
+        ConfigError: transformers refuses the settings.
         ValueError: values that are no multiples of 1/255: the processor takes bytes, and rounding would be compared.
     """
-    from transformers import Qwen2VLImageProcessorPil
-
     if config.vision is None:
         raise ValueError("the model has no vision encoder")
+    stored = [_bytes(image) for image in images]
     vision = hf_config(checkpoint, config).vision_config
-    settings: dict[str, Any] = {
+    cutting = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,
     }
-    published = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    given = published if checkpoint.preprocessor is None else checkpoint.preprocessor
-    with quiet():
-        process = Qwen2VLImageProcessorPil(**settings | dict(given))
-        found = process(
-            [_bytes(image) for image in images],
-            do_resize=False,
-            input_data_format="channels_first",
-            return_tensors="pt",
-        )
+    try:
+        with quiet():
+            found = _image_processor(checkpoint)(
+                stored, do_resize=False, input_data_format="channels_first", return_tensors="pt", **cutting
+            )
+    except Exception as error:  # of many kinds, by the setting
+        raise ConfigError(
+            f"the image processor's settings: transformers, which the bundle is compared with, refuses them: {error}; "
+            "take preprocessor_config.json from the published checkpoint, or leave the comparison out with "
+            "--skip-validation"
+        ) from error
     return Pixels(found["pixel_values"], found["image_grid_thw"])
+
+
+def _image_processor(checkpoint: Checkpoint) -> Any:
+    from transformers import Qwen2VLImageProcessorPil
+
+    published: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    if checkpoint.folder is None:
+        given = checkpoint.preprocessor
+        return Qwen2VLImageProcessorPil(**(published if given is None else given))
+    try:
+        return Qwen2VLImageProcessorPil.from_pretrained(checkpoint.folder)
+    except OSError:  # neither processor_config.json nor preprocessor_config.json
+        return Qwen2VLImageProcessorPil(**published)
 
 
 def _bytes(image: NDArray[Any]) -> NDArray[np.uint8]:
@@ -299,7 +317,8 @@ def _load(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Any, str]:
                 checkpoint.folder, config=settings, use_safetensors=True, **options
             )
         except Exception as error:  # of many kinds: what it cannot read is told in the note
-            why = f"it cannot load the folder ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+            # Not its text: that names folders of this machine, and the note goes into the bundle.
+            why = f"it cannot load the folder ({type(error).__name__})"
         else:
             missing = sorted(name for name in found["missing_keys"] if not _unused(name, config))
             if not missing:
