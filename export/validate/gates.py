@@ -51,8 +51,8 @@ GATES: dict[str, Gate] = {
     "L0.vision": Gate(2e-5, "one pass, no recurrence; measured 8e-7"),
     "L0.whole_model": Gate(
         2e-4,
-        "transformers against itself, its delta rule in chunks against single steps: tiny 3e-6, random 0.8B 2e-5, lively "
-        "random small models 4e-5; one tensor with its rows shifted by one: 0.16 and more",
+        "transformers against itself, its delta rule in chunks against single steps: tiny 3e-6, random 0.8B 2e-5, "
+        "lively random small models 4e-5; one tensor with its rows shifted by one: 0.16 and more",
     ),
     "L1.logits": Gate(1e-4, "fp32 on another runtime: other summation orders and exp; measured 3e-6"),
     "L1.states": Gate(1e-4, "the same; a state wrong by one token or head is off by 1e-1 and more"),
