@@ -317,10 +317,9 @@ def _size(options: argparse.Namespace) -> str:
         UsageError: it cannot be known without a download, or is unknown.
     """
     size, checkpoint = options.size, options.checkpoint
-    named = {name for row in SIZES.values() for name in (row.hub_id, row.base_hub_id)}
-    if checkpoint in (None, "random") or checkpoint in named:
-        if size is None and checkpoint in named:
-            return next(row.name for row in SIZES.values() if checkpoint in (row.hub_id, row.base_hub_id))
+    published = {name: row.name for row in SIZES.values() for name in (row.hub_id, row.base_hub_id) if name}
+    if checkpoint in (None, "random") or checkpoint in published:
+        size = size or published.get(checkpoint)
         _choice("--size", size, tuple(SIZES))
         return str(size)
     if size is None:

@@ -92,6 +92,8 @@ def make(spec: ExportSpec) -> Plan:
     """
     source, document, notes = _source(spec)
     config = ModelConfig.from_dict(document).truncated(spec.num_layers)
+    if is_folder(spec.checkpoint):
+        check_size(spec.size, document)
     if not spec.vision:
         config = config.without_vision()
     tied = config.text.tie_word_embeddings
@@ -221,9 +223,7 @@ def _source(spec: ExportSpec) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
     if spec.checkpoint is None and spec.size == TINY:
         return "the shipped tiny checkpoint", read_config(shipped_tiny()), ()
     if is_folder(spec.checkpoint):
-        document = read_config(Path(str(spec.checkpoint)))
-        check_size(spec.size, document)
-        return str(spec.checkpoint), document, ()
+        return str(spec.checkpoint), read_config(Path(str(spec.checkpoint))), ()
     name = spec.checkpoint or hub_id(spec.size, spec.base)
     if published is None:
         raise UsageError(f"--dry-run cannot know the size of {name} without downloading it; give a local folder")

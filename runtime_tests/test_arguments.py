@@ -320,9 +320,9 @@ def test_the_plan_knows_how_a_target_stores() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, r"config.json: No such file.*published checkpoint"),
-        ("{", r"config.json is not valid JSON"),
-        ("[]", r"config.json holds no JSON object"),
+        (None, r"has no config.json; give the folder of a complete Qwen3.5 checkpoint"),
+        ("{", r"config.json is not readable JSON"),
+        ("[]", r"config.json holds a list; it must be a JSON object"),
         ('{"model_type": "llama"}', r"model_type 'llama'"),
     ],
 )

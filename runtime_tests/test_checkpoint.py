@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,41 @@ def _without(tensors: Tensors, *names: str) -> Tensors:
 
 
 WRONG_TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
-    "missing": (lambda t: _without(t, Q), rf"lacks {Q}; config.json implies this tensor: take weights"),
+    "missing": (
+        lambda t: _without(t, Q),
+        rf"lacks {Q}; config.json implies this tensor, and it holds \d+ others: take weights",
+    ),
+    "under another name": (
+        lambda t: {**_without(t, Q), Q.replace("q_proj", "query"): t[Q]},
+        rf"lacks {Q}; config.json implies this tensor, and it holds .*layers.3.self_attn.query.weight instead: take",
+    ),
+    "fused": (
+        lambda t: {**t, Q.replace("self_attn.q_proj", "linear_attn.in_proj_qkvz"): t[Q].clone()},
+        r"holds .*in_proj_qkvz.weight: projections fused as in Qwen3-Next; convert it to the published Qwen3.5 names",
+    ),
+    "a classifier": (
+        lambda t: {**t, "score.weight": torch.zeros(2, 128)},
+        r"holds score.weight: a head that classifies or scores, not one that writes text; give a language model",
+    ),
+    "an adapter inside": (
+        lambda t: {**t, Q.replace("weight", "lora_A.default.weight"): torch.zeros(8, 128)},
+        r"holds .*lora_A.default.weight: an adapter that was not merged; merge the adapter in the training tool",
+    ),
+    "placeholder": (
+        lambda t: {**t, EMBEDDING: torch.empty(0)},
+        r"embed_tokens.weight has shape \[0\]; config.json implies \[64, 128\]: DeepSpeed ZeRO-3 leaves such",
+    ),
+    "resized": (
+        lambda t: {**t, EMBEDDING: t[EMBEDDING][:60].clone()},
+        r"has shape \[60, 128\]; config.json implies \[64, 128\]: correct vocab_size if the embedding was resized",
+    ),
+    "MLX": (
+        lambda t: {n: v.transpose(1, 2).contiguous() if "conv1d" in n else v for n, v in t.items()},
+        r"conv1d.weight has shape \[256, 4, 1\]; config.json implies \[256, 1, 4\]: MLX wrote it, with other norms",
+    ),
     "many missing": (
         lambda t: {name: value for name, value in t.items() if ".mlp." not in name or "visual" in name},
-        r"lacks .*mlp.* and 12 more; config.json implies these 15 tensors",
+        r"lacks .*mlp.* and 12 more; config.json implies these 15 tensors, and it holds \d+ others",
     ),
     "misshaped": (
         lambda t: {**t, Q: t[Q][:-1].clone()},
@@ -115,10 +147,17 @@ WRONG_TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     ),
     "transposed": (lambda t: {**t, Q: t[Q].T.contiguous()}, rf"{Q} has shape \[128, 512\]"),
     "unknown": (
-        lambda t: {**t, Q.replace("weight", "bias"): torch.zeros(512)},
+        lambda t: {**t, Q.replace("weight", "bias"): torch.ones(512)},
         r"holds .*q_proj.bias, which no Qwen3.5 of this config.json has; use an unmodified checkpoint",
     ),
 }
+
+
+def test_a_quantised_tensor_is_refused_before_any_work(tmp_path: Path, tensors: Tensors) -> None:
+    write(tmp_path, {**tensors, Q: tensors[Q].to(torch.float8_e4m3fn)})
+    message = rf"stores {Q} as F8_E4M3; BF16, F16, F32, F64 are read: use the checkpoint that was published in bfloat16"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(ExportSpec("onnx", CUSTOM, checkpoint=str(tmp_path)))
 
 
 @pytest.mark.parametrize("case", WRONG_TENSORS)
@@ -238,6 +277,16 @@ def _as_pickle(folder: Path) -> None:
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
 
 
+def _second_set_of_shards(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    shutil.copyfile(folder / "model-00001-of-00003.safetensors", folder / "model-00004-of-00004.safetensors")
+
+
+def _same_shard_twice(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    shutil.copyfile(folder / "model-00001-of-00003.safetensors", folder / "model-00003-of-00003.safetensors")
+
+
 SINGLE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (_truncate, r"model.safetensors is truncated: its header describes \d+ bytes, the file has \d+"),
     "cut in the header": (
@@ -275,10 +324,6 @@ SINGLE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: _header(f, lambda h: h[Q].update(shape=[-512, -128])),
         r"corrupt header \(ValueError",
     ),
-    "quantised dtype": (
-        lambda f: _header(f, lambda h: h[Q].update(dtype="F8_E4M3")),
-        rf"stores {Q} as F8_E4M3; BF16, F16, F32 are read: use the checkpoint that was published in bfloat16",
-    ),
     "pickle only": (
         _as_pickle,
         r"holds its weights as pickle \(pytorch_model.bin\); only safetensors are read",
@@ -286,7 +331,7 @@ SINGLE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / SINGLE).unlink(), r"has no weights; model.safetensors or .*index.json"),
     "shards without index": (
         lambda f: (f / SINGLE).rename(f / "model-00001-of-00002.safetensors"),
-        r"safetensors files but neither model.safetensors nor model.safetensors.index.json; add the index",
+        r"has 1 shards, no model.safetensors.index.json, and lacks model-00002-of-00002.safetensors; download",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), r"has no config.json; give the folder of a complete"),
     "config not json": (
@@ -309,9 +354,25 @@ SINGLE_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "config.json").write_text("[]"),
         r"config.json holds a list; it must be a JSON object",
     ),
-    "text only": (
-        lambda f: _config(f, model_type="qwen3_5_text"),
-        r"model_type 'qwen3_5_text', a text decoder saved alone; .*save the whole Qwen3_5ForCond",
+    "pointer": (
+        lambda f: (f / SINGLE).write_text("version https://git-lfs\noid sha256:0123\nsize 6759776\n"),
+        r"model.safetensors is the pointer of a file in Git LFS \(\d+ bytes\), not the file: run `git lfs pull`",
+    ),
+    "llama.cpp": (
+        lambda f: (f / SINGLE).rename(f / "model.gguf"),
+        r"holds model.gguf, a model converted for llama.cpp; give the safetensors checkpoint",
+    ),
+    "another name": (
+        lambda f: (f / SINGLE).rename(f / "weights.safetensors"),
+        r"safetensors files \(weights.safetensors\) but neither model.safetensors nor .*index.json; give the file its",
+    ),
+    "byte order mark": (
+        lambda f: (f / "config.json").write_bytes(b"\xef\xbb\xbf" + (f / "config.json").read_bytes()),
+        r"config.json begins with a byte order mark, which JSON has not; save it as plain UTF-8",
+    ),
+    "two spellings": (
+        lambda f: _header(f, lambda h: h.update({"module." + Q: h.pop("model.language_model.norm.weight")})),
+        rf"holds .*{Q} and .*{Q}, which are both {Q}; keep one of them",
     ),
 }
 
@@ -321,9 +382,13 @@ SHARD_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "model-00002-of-00003.safetensors").unlink(),
         r"index.json names the shard model-00002-of-00003.safetensors \(\d+ tensors\), which is absent; download",
     ),
-    "in another shard": (
-        lambda f: _index(f, lambda m: m.update({EMBEDDING: m[Q]})),
-        rf"index.json places {EMBEDDING} in model-.*, which does not hold it",
+    "of two checkpoints": (
+        _second_set_of_shards,
+        r"has 4 shards, no model.safetensors.index.json, and lacks model-00001-of-00004.safetensors, model-00002",
+    ),
+    "one name twice": (
+        _same_shard_twice,
+        r"is in model-00001-of-00003.safetensors and in model-00003-of-00003.safetensors, and no index says which",
     ),
     "outside": (
         lambda f: _index(f, lambda m: m.update({Q: "../other/model.safetensors"})),

@@ -147,11 +147,11 @@ def test_damaged_sidecars_stop_the_export(case: str, folder: Path, tmp_path: Pat
 
 PREPROCESSOR: dict[str, tuple[dict[str, Any], str]] = {
     "a string": ({"image_mean": "x"}, r"has image_mean 'x'; it must be three numbers, for red, green and blue"),
-    "two": ({"image_mean": [0.5, 0.5]}, r"preprocessor_config.json has image_mean \[0.5, 0.5\]; it must be three"),
+    "two": ({"image_mean": [0.5, 0.5]}, r"the image processor has image_mean \[0.5, 0.5\]; it must be three"),
     "one": ({"image_std": 0.5}, r"has image_std 0.5; it must be three numbers"),
     "strings": ({"image_std": ["a", 1, 1]}, r"has image_std \['a', 1, 1\]; it must be three numbers"),
     "truths": ({"image_std": [True, 1, 1]}, r"has image_std \[True, 1, 1\]; it must be three numbers"),
-    "zero": ({"image_std": [0.5, 0, 0.5]}, r"has image_std \[0.5, 0, 0.5\]; its numbers must be above 0: take prep"),
+    "zero": ({"image_std": [0.5, 0, 0.5]}, r"has image_std \[0.5, 0, 0.5\]; its numbers must be above 0: take"),
     "nan": ({"image_mean": [float("nan"), 0, 0]}, r"has image_mean \[nan, 0, 0\]; it must be three numbers"),
 }
 
@@ -205,12 +205,15 @@ WRONG_CONFIGS: list[tuple[str, Any, str]] = [
     ("text_config.rope_parameters", "x", r"text_config.rope_parameters 'x'; it must be a JSON object"),
     ("text_config.rope_parameters.rope_theta", "1e7", r"rope_parameters.rope_theta '1e7'; it must be a number above 0"),
     ("text_config.rope_parameters.rope_theta", math.inf, r"rope_theta inf; it must be a number above 0"),
-    ("text_config.rope_parameters.rope_theta", DELETE, r"lacks text_config.rope_parameters.rope_theta"),
-    ("text_config.rope_parameters.mrope_section", ["q", 3, 3], r"mrope_section \['q', 3, 3\]; .* whole, above 0 and"),
-    ("text_config.rope_parameters.mrope_section", [3.0, 3, 2], r"mrope_section \[3.0, 3, 2\]; its three numbers"),
-    ("text_config.rope_parameters.mrope_section", [9, -1, 0], r"mrope_section \[9, -1, 0\]; .* add up to 8, half of"),
-    ("text_config.rope_parameters.mrope_section", [4, 4], r"mrope_section \[4, 4\]; its three numbers"),
-    ("text_config.rope_parameters.mrope_section", 8, r"mrope_section 8; its three numbers"),
+    ("text_config.rope_parameters", {"type": "yarn"}, r"rope_parameters.rope_type 'yarn'; .* knows 'default' only"),
+    ("text_config.rope_scaling", {"type": "mrope"}, r"rope_scaling.rope_type 'mrope' \(it wins over rope_parameters"),
+    ("text_config.rope_parameters.rope_type", "linear", r"rope_type 'linear'; .*remove text_config.rope_parameters if"),
+    ("text_config.rope_parameters.full_attention", {}, r"rope_parameters.full_attention; .* one rotary embedding for"),
+    ("text_config.rope_parameters.mrope_section", ["q", 3, 3], r"mrope_section \['q', 3, 3\]; .* numbers above 0"),
+    ("text_config.rope_parameters.mrope_section", [3.0, 3, 2], r"mrope_section \[3.0, 3, 2\]; it must be three"),
+    ("text_config.rope_parameters.mrope_section", [9, -1, 0], r"mrope_section \[9, -1, 0\]; .* whole numbers above 0"),
+    ("text_config.rope_parameters.mrope_section", [4, 4], r"mrope_section \[4, 4\]; it must be three"),
+    ("text_config.rope_parameters.mrope_section", 8, r"mrope_section 8; it must be three"),
     ("text_config.rope_parameters.partial_rotary_factor", "x", r"partial_rotary_factor 'x'; it must be a number"),
     ("text_config.rope_parameters.partial_rotary_factor", 2, r"partial_rotary_factor 2; of 64 .* rotates 128, which"),
     ("text_config.rope_parameters.partial_rotary_factor", 0.27, r"it rotates 17.28, which must be an even number"),
@@ -263,7 +266,7 @@ def test_a_wrong_config_is_one_line_of_the_command(
     more: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit("config.json", text_config={**TEXT, "linear_num_key_heads": 0})(folder)
-    words = ["--target", "onnx", "--size", "tiny", "--checkpoint", str(folder), "-o", str(tmp_path / "bundle")]
+    words = ["--target", "onnx", "--checkpoint", str(folder), "-o", str(tmp_path / "bundle")]
     assert main([*words, "--json", "--quiet", *more]) == 1
     out, err = capsys.readouterr()
     assert err == f"error: config.json has text_config.linear_num_key_heads 0; {WHOLE}\n"

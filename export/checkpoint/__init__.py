@@ -32,7 +32,7 @@ def open_checkpoint(spec: ExportSpec) -> Checkpoint:
 
 
 def _open(spec: ExportSpec) -> Checkpoint:
-    from export.checkpoint.adapter_config import check_beside
+    from export.checkpoint.adapter_config import check_beside, is_adapter
     from export.checkpoint.folder import FolderCheckpoint
     from export.checkpoint.hub import open_hub
     from export.checkpoint.random import RandomCheckpoint
@@ -49,10 +49,13 @@ def _open(spec: ExportSpec) -> Checkpoint:
         return FolderCheckpoint(shipped_tiny(), {"kind": "path", "id": SHIPPED, "revision": None, "seed": None})
     if is_folder(spec.checkpoint):
         check_beside(Path(str(spec.checkpoint)), spec.adapter)
-        return FolderCheckpoint(str(spec.checkpoint))
-    downloaded = open_hub(spec.checkpoint or hub_id(spec.size, spec.base), spec.revision)
-    check_beside(downloaded.path, spec.adapter)
-    return downloaded
+        found = FolderCheckpoint(str(spec.checkpoint))
+    else:
+        found = open_hub(spec.checkpoint or hub_id(spec.size, spec.base), spec.revision)
+        check_beside(found.path, spec.adapter)
+    if is_adapter(found.path):  # left out by the user's word, while transformers would apply it
+        found.folder = None
+    return found
 
 
 def is_folder(checkpoint: str | None) -> bool:

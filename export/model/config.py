@@ -19,6 +19,10 @@ FULL = "full_attention"
 MAX_DIMENSION = 2**31 - 1
 """Runtimes index with int32."""
 MAX_LAYERS = 1024
+PUBLISHED_SCALE = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""Mean and std of the published image processors, for weights that come without one."""
+CLIP_SCALE = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+"""What transformers' image processor takes where its settings leave them out."""
 DEFAULT_THETA = 10000.0
 """transformers' base of rotary embedding where config.json names none."""
 
@@ -225,9 +229,11 @@ class _Section:
             raise self.wrong(name, "it must be true or false")
         return value
 
-    def channels(self, name: str, *, above: float = -math.inf) -> tuple[float, ...]:
-        """One number for each of red, green and blue; 0.5 each by default."""
-        value = self.get(name, (0.5, 0.5, 0.5))
+    def channels(
+        self, name: str, default: tuple[float, ...], *, above: float = -math.inf
+    ) -> tuple[float, ...]:
+        """One number for each of red, green and blue."""
+        value = self.get(name, default)
         if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(_is_number, value)):
             raise self.wrong(name, "it must be three numbers, for red, green and blue")
         if min(value) <= above:
@@ -420,7 +426,9 @@ def _pixel_scale(preprocessor: _Section) -> tuple[tuple[float, ...], tuple[float
     The processor multiplies bytes by `rescale_factor` (1/255) unless do_rescale is false, then subtracts the mean and
     divides by the std unless do_normalize is false; all of it is one scale and one shift of each channel.
     """
-    mean, std = preprocessor.channels("image_mean"), preprocessor.channels("image_std", above=0)
+    defaults = CLIP_SCALE if preprocessor.values else PUBLISHED_SCALE
+    mean = preprocessor.channels("image_mean", defaults[0])
+    std = preprocessor.channels("image_std", defaults[1], above=0)
     if not preprocessor.flag("do_normalize", True):
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     factor = preprocessor.number("rescale_factor", 1 / 255) if preprocessor.flag("do_rescale", True) else 1.0
