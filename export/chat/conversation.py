@@ -203,7 +203,8 @@ class Conversation:
                 bound = "" if rows is None else f", which has {rows} rows (0 to {most})"
                 raise PromptError(
                     f"token {token} ({self.token_name(token)!r}) has no row in the model's embedding{bound}: the "
-                    "tokenizer knows more than the model; leave it out of the prompt, or resize the embedding before export"
+                    "tokenizer knows more than the model; leave it out of the prompt, or resize the embedding and "
+                    "export again"
                 )
 
     def _embed(self, ids: Sequence[int]) -> NDArray[Any]:

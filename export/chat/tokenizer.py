@@ -71,7 +71,7 @@ def write_files(tokenizer: Any, checkpoint: Checkpoint, writer: BundleWriter) ->
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # left over from training: an app would cut its prompts
     backend.no_padding()
-    writer.add(TOKENIZER, "tokenizer").write_text(backend.to_str(pretty=True) + "\n", encoding="utf-8")
+    writer.add(TOKENIZER, "tokenizer").write_text(backend.to_str(), encoding="utf-8")
     source = checkpoint.sidecar(CONFIG)
     config = read_json(source) if source is not None else {}
     for name in (*LOCAL, "chat_template", "added_tokens_decoder", "additional_special_tokens"):
