@@ -51,7 +51,7 @@ class Words:
             words += [message["content"], STOP]
         return " ".join(map(str, [*words, *([ASSISTANT, THINK] if add_generation_prompt else [])]))
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
         return {"input_ids": [int(word) for word in text.split()]}
 
     def convert_ids_to_tokens(self, token: int) -> str:

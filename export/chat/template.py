@@ -81,7 +81,8 @@ def encode(tokenizer: Any, text: str) -> list[int]:
         ExportError: the tokenizer fails.
     """
     try:
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        # Not verbose: the limit that transformers would warn of is the tokenizer's, not the bundle's.
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     except MemoryError:
         raise
     except Exception as error:
