@@ -127,6 +127,8 @@ def candidates(signs: dict[int, str]) -> Iterator[tuple[str, str]]:
     # The product of two ranks orders pairs about as their frequencies would.
     pairs = sorted(product(LETTERS, LETTERS), key=lambda p: ((rank[p[0]] + 1) * (rank[p[1]] + 1), p))
     syllables = [a + b for a, b in pairs]
+    order = {syllable: number for number, syllable in enumerate(syllables)}
+    triples = sorted(product(LETTERS, LETTERS, LETTERS), key=lambda t: (sum(rank[letter] for letter in t), t))
     yield from pairs
     yield from ((a.upper(), b) for a, b in pairs)
     yield from ((a.upper(), b.upper()) for a, b in pairs)
@@ -138,7 +140,10 @@ def candidates(signs: dict[int, str]) -> Iterator[tuple[str, str]]:
     yield from ((sign, sign) for sign in "=-_*#./<>!?")
     yield from ((space, sign) for sign in "=-+*/<>([{\"'&|#$@")
     yield from _characters(signs)
-    yield from product(syllables, LETTERS)
+    for a, b, c in triples:  # of two ways to three letters, the one whose pair comes first is taken in a text
+        yield (a + b, c) if order[a + b] < order[b + c] else (a, b + c)
+    yield from ((space, a + b + c) for a, b, c in triples)
+    yield from ((a.upper(), b + c) for a, b, c in triples)
     yield from product((space + s for s in syllables[:300]), syllables[:100])
     yield from product(syllables[:200], syllables[:200])
     while True:  # longer pieces, to fill

@@ -19,11 +19,11 @@ from export.__main__ import main
 from export.bundle.writer import BundleWriter
 from export.chat.sidecars import Sidecars, portable, write_tokenizer
 from export.chat.template import load_tokenizer, render, render_text
-from export.checkpoint.base import CheckpointError, read_json
+from export.checkpoint.base import CheckpointError
 from export.checkpoint.random import RandomCheckpoint
-from export.model.config import ModelConfig
 from export.sizes import shipped_tiny
 from runtime_tests.conftest import variant
+from runtime_tests.files import Files
 
 FILES = (
     *("config.json", "generation_config.json", "preprocessor_config.json"),
@@ -32,34 +32,6 @@ FILES = (
 TEXT = "12+30=? Größe, e\u0301 नमस्ते 灯台 👩🏽‍🚀 \r\n\n  x<|im_end|>\n<think>\n\n</think>\n\n<tool_call><|endoftext|>"
 TEMPLATE = "chat_template.jinja"
 HELLO: list[dict[str, Any]] = [{"role": "user", "content": "Hello"}]
-
-
-class Files:
-    """The part of a checkpoint that this is about: its config and the files beside the weights."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder: Path | None = folder
-        self.notices: list[str] = []
-        self.source = {"kind": "path", "id": folder.name}
-        self.config = read_json(folder / "config.json")
-        self.preprocessor: dict[str, Any] | None = None
-        self.model_config = ModelConfig.from_dict(self.config)
-
-    def sidecar(self, name: str) -> Path | None:
-        path = Path(str(self.folder)) / name
-        return path if path.is_file() else None
-
-    def names(self) -> list[str]:
-        return []
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        raise NotImplementedError
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Any:
-        raise NotImplementedError
-
-    def content_key(self) -> str:
-        return ""
 
 
 @pytest.fixture
