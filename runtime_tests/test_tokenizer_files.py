@@ -288,6 +288,16 @@ def test_named_templates_serve_as_in_transformers(place: Callable[[Path, Any], N
     assert told(sidecars, "the chat template takes no tools") == 1
 
 
+def test_named_templates_without_a_default_are_told(folder: Path) -> None:
+    in_config(folder, NAMED[:1])
+    with bundle(Files(folder)) as (written, sidecars):
+        assert sidecars.manifest["chat_template"] is None and "template" not in sidecars.manifest
+        assert [path.name for path in (written / "additional_chat_templates").iterdir()] == ["tool_use.jinja"]
+        assert sidecars.manifest["stop_token_ids"] == [394, 392]
+    assert told(sidecars, "none of the chat templates (tool_use) is named default: the bundle cannot render") == 1
+    assert len(sidecars.notices) == 2
+
+
 def test_named_templates_as_transformers_writes_them(folder: Path) -> None:
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text(OTHER)

@@ -135,6 +135,11 @@ def find_templates(tokenizer: Any, checkpoint: Checkpoint, notices: list[str]) -
             f"the checkpoint has no chat template ({TEMPLATE}, or chat_template in {CONFIG} or {LEGACY}): the bundle "
             "cannot render conversations; add the published one"
         )
+    elif "default" not in chosen:
+        notices.append(
+            f"none of the chat templates ({', '.join(sorted(chosen))}) is named default: the bundle cannot render "
+            "conversations without tools; name one so, or add the published one"
+        )
     for name in chosen:
         if not re.fullmatch(r"[\w-][\w .-]*", name):
             raise CheckpointError(

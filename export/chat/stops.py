@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from export.chat.template import encode, render_text
+from export.chat.template import encode, has_template, render_text
 from export.checkpoint.base import Checkpoint, CheckpointError, read_json
 from export.spec import ExportError
 
@@ -56,7 +56,7 @@ def find_stops(
         for token in PUBLISHED:
             if token < rows:
                 stops.add(token, "the published vocabulary")
-    elif tokenizer.chat_template is not None:
+    elif has_template(tokenizer):
         end = end_of_turn(tokenizer)
         if end is None:
             stops.notices.append("the chat template ends an answer with no special token; the other stop tokens remain")

@@ -62,6 +62,12 @@ def guarded(folder: Path, load: Any) -> Any:
         ) from error
 
 
+def has_template(tokenizer: Any) -> bool:
+    """Whether a conversation without tools can be rendered: there is one template, or one named "default"."""
+    templates = tokenizer.chat_template
+    return templates is not None and (isinstance(templates, str) or "default" in templates)
+
+
 def render(
     tokenizer: Any, messages: list[dict[str, Any]], *, generation_prompt: bool = True, **options: Any
 ) -> list[int]:
