@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from export.bundle.writer import BundleWriter
-from export.chat.template import stop_ids, write_tokenizer
+from export.chat.sidecars import write_tokenizer
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
@@ -73,7 +73,10 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
     }
     report = None
     with BundleWriter(spec.output, key, overwrite=spec.overwrite, resume=spec.resume) as writer:
-        tokenizer = write_tokenizer(checkpoint, config, writer)  # first: a broken one costs no lowering
+        sidecars = write_tokenizer(checkpoint, config, writer)  # first: a broken one costs no lowering
+        for notice in sidecars.notices:
+            progress.notice(notice)
+        tokenizer = sidecars.manifest
         sizes = spec.image_sizes if config.vision is not None else ()
         with progress.stage("lower", total=num_parameters(weights)) as bar:
             lowered = target.lower(
@@ -91,7 +94,7 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
                     state_layout=spec.state_layout,
                     max_head_columns=spec.max_head_columns,
                     palettes=spec.palettes,
-                    stop_token_ids=tuple(stop_ids(checkpoint, config)),
+                    stop_token_ids=tuple(tokenizer["stop_token_ids"]),
                     license=license_of(checkpoint),
                     source=checkpoint.source,
                     resume=writer.resumed,

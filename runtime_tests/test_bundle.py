@@ -306,7 +306,7 @@ PATHS = ["/etc/passwd", "../secret", "pkg/../../secret", "", "a\\b", "C:a", "a//
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("place", ["files", "stage", "tokenizer", "template", "report"])
+@pytest.mark.parametrize("place", ["files", "stage", "tokenizer", "template", "named template", "report"])
 def test_no_path_leaves_the_bundle(path: str, place: str, tmp_path: Path) -> None:
     output = write(tmp_path / "b")
     document = json.loads((output / MANIFEST).read_text())
@@ -315,6 +315,7 @@ def test_no_path_leaves_the_bundle(path: str, place: str, tmp_path: Path) -> Non
         "stage": lambda m: m["signatures"]["decode"]["stages"][0].update(file=path),
         "tokenizer": lambda m: m["tokenizer"].update(files=[path]),
         "template": lambda m: m["tokenizer"].update(chat_template=path),
+        "named template": lambda m: m["tokenizer"].update(additional_chat_templates={"tool_use": path}),
         "report": lambda m: m["reports"].update(parity=path),
     }
     places[place](document)

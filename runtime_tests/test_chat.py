@@ -10,7 +10,8 @@ import math
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,11 +20,16 @@ from PIL import Image
 from export.chat import pictures
 from export.chat.chat import Chat
 from export.chat.conversation import Contract, Conversation
-from export.chat.sampling import MAX_SEED, Sampling
+from export.chat.sampling import MAX_SEED, Sampling, masked
 from export.checkpoint.weights import Weights
+from export.model.positions import PromptError
 from export.model.session import Model, TorchSession
 from export.spec import UsageError
+from export.validate import answers, reference
+from export.validate.case import Case
+from export.validate.gates import GREEDY, check
 from runtime_tests.conftest import MemoryCheckpoint
+from targets.base import Session
 
 STOP, ASSISTANT, THINK = 1, 2, 3
 CONTRACT = Contract(256, (16, 64), ((64, 64),), 5, (STOP,), 32)
@@ -45,8 +51,11 @@ class Words:
             words += [message["content"], STOP]
         return " ".join(map(str, [*words, *([ASSISTANT, THINK] if add_generation_prompt else [])]))
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
         return {"input_ids": [int(word) for word in text.split()]}
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return f"word {token}"
 
 
 class Counting(Conversation):
@@ -96,6 +105,121 @@ def test_an_edited_question_starts_from_the_snapshot_or_anew(session: TorchSessi
     assert chat.reused == 0
     fresh = Conversation(TorchSession(session.model, 256, (16, 64)), CONTRACT)
     assert edited == fresh.generate([30, 31, 32, 33, STOP, ASSISTANT, THINK], max_new_tokens=4)
+
+
+# --- ids that are never sampled, ids that cannot be fed --------------------------------------------------------
+
+MANIFEST: dict[str, Any] = {
+    "context_length": 256,
+    "prefill_lengths": [16, 64],
+    "image_sizes": [],
+    "model": {"vocab_size": 64},
+    "tokenizer": {"stop_token_ids": [STOP, 7], "special_token_ids": {"image": 5}},
+}
+
+
+def manifest(**fields: Any) -> dict[str, Any]:
+    return {**MANIFEST, "tokenizer": {**MANIFEST["tokenizer"], **fields}}
+
+
+def test_a_contract_knows_what_is_never_sampled() -> None:
+    able = {"pictures": False, "tools": True, "list_content": False, "thinking": {"switch": True, "default": False}}
+    told = Contract.of(manifest(num_tokens=60, never_sampled_ids=[6, 7, 8], template=able))
+    assert told.num_rows == 64 and told.num_tokens == 60
+    assert told.never_sampled_ids == (5, 6, 8), "the picture's place, and never a stop token"
+    assert not told.takes_pictures
+    old = Contract.of(MANIFEST)
+    assert old.num_tokens is None and old.never_sampled_ids == (5,) and old.takes_pictures
+    without = Contract.of({**MANIFEST, "tokenizer": {"stop_token_ids": [], "special_token_ids": {}}})
+    assert without.never_sampled_ids == ()
+
+
+def test_a_mask_leaves_the_other_logits_alone() -> None:
+    logits = np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32)
+    before = logits.copy()
+    found = masked(logits, 60, (5, 6, 1000))
+    assert np.array_equal(logits, before) and found.dtype == np.float32
+    gone = np.isneginf(found[0])
+    assert gone.nonzero()[0].tolist() == [5, 6, 60, 61, 62, 63]
+    assert np.array_equal(found[:, ~gone], before[:, ~gone])
+    assert np.array_equal(masked(logits, None, ()), before)
+
+
+class Wishful:
+    """A session that always wants the same tokens, best first."""
+
+    def __init__(self, *wishes: int) -> None:
+        self.logits = np.zeros((1, 64), np.float32)
+        self.logits[0, list(wishes)] = np.arange(len(wishes), 0, -1) * 10.0
+        self.ran: list[str] = []
+
+    def run(self, signature: str, inputs: Any) -> dict[str, Any]:
+        self.ran.append(signature)
+        if signature == "embed":
+            return {"embeddings": np.zeros((*inputs["input_ids"].shape, 8), np.float32)}
+        return {"logits": self.logits}
+
+    def reset(self) -> None: ...
+    def snapshot(self) -> Any: ...
+    def restore(self, snapshot: Any) -> None: ...
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.7), Sampling(1.0, top_k=3, top_p=0.9, seed=3)])
+def test_no_sampler_of_ours_sees_what_is_masked(sampling: Sampling) -> None:
+    contract = Contract.of(manifest(num_tokens=60, never_sampled_ids=[5, 6, 8]))
+    talk = Conversation(Wishful(63, 60, 5, 8, 6, 20), contract)
+    assert talk.generate([2, 3], max_new_tokens=4, sampler=sampling.sampler()) == [20] * 4
+    old = Conversation(Wishful(5, 63, 20), Contract.of(MANIFEST))
+    assert old.generate([2, 3], max_new_tokens=2) == [63, 63], "a bundle that does not say masks its image id only"
+    stops = Conversation(Wishful(7, 20), Contract.of(manifest(num_tokens=60, never_sampled_ids=[7])))
+    assert stops.generate([2, 3], max_new_tokens=4) == [], "a stop token is never masked"
+
+
+class Half(Contract):
+    """Deliberately wrong: masks what the sampler sees [V], not the reference [T, V]."""
+
+    def mask(self, logits: Any) -> Any:
+        return super().mask(logits) if logits.ndim == 1 else logits
+
+
+@pytest.mark.parametrize(("kind", "agreed"), [(Contract, GREEDY), (Half, 0)])
+def test_the_greedy_reference_chooses_among_the_same_ids(
+    kind: type[Contract], agreed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers wants rows without a token as well."""
+    bundle = Wishful(63, 20)
+    case = cast(Case, SimpleNamespace(prompts=[[2, 3], [4]], checkpoint=None, config=None))
+    monkeypatch.setattr(reference, "embed", lambda checkpoint, ids: np.zeros((len(ids), 8), np.float32))
+    monkeypatch.setattr(reference, "hf_sequence", lambda *given: (np.repeat(bundle.logits, len(given[2]), axis=0), {}))
+    series: dict[str, Any] = {}
+    found = answers.greedy_tokens(case, cast(Session, bundle), kind.of(manifest(num_tokens=60)), check, series)
+    assert series["greedy_tokens"] == [agreed] * 2 and found.value == agreed
+
+
+@pytest.mark.parametrize("token", [64, 10**6, -1])
+def test_a_token_without_a_row_is_refused_before_anything_runs(token: int) -> None:
+    session = Wishful(20)
+    talk = Conversation(session, Contract.of(MANIFEST))
+    rule = r"has no row in the model's embedding, which has 64 rows \(0 to 63\): the tokenizer knows more than the m"
+    with pytest.raises(PromptError, match=rf"token {token} \('no text known'\) {rule}odel; leave it out"):
+        talk.feed([20, token])
+    Chat(talk, Words(True))
+    with pytest.raises(PromptError, match=rf"token {token} \('word {token}'\) {rule}"):
+        talk.generate([20, token], max_new_tokens=1)
+    assert session.ran == [] and talk.start == 0
+    talk.feed([20, 63])
+    assert session.ran == ["embed", "prefill_16"]
+
+
+def test_pictures_are_refused_where_the_template_has_no_place_for_them() -> None:
+    session = Wishful(20)
+    able = {"pictures": False, "tools": True, "list_content": True, "thinking": {"switch": True, "default": False}}
+    chat = Chat(Conversation(session, Contract.of(manifest(template=able))), Words(True))
+    messages = [{"role": "user", "content": "20 21"}]
+    with pytest.raises(PromptError, match=r"chat template \(chat_template.jinja\) takes no pictures; ask without, or"):
+        chat.answer(messages, [np.zeros((64, 64, 3), np.float32)], max_new_tokens=1)
+    assert session.ran == []
+    assert chat.answer(messages, max_new_tokens=1)[1] == [20]
 
 
 # --- pictures -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Damaged files beside the weights (config, tokenizer, template, preprocessor), at export and at run time.
 
-Each is refused with one line that says file, value, rule and remedy.
+Each is refused with one line that says file, value, rule and remedy; a wrong stop token in one of several
+sources is told and ignored.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ import pytest
 
 from export.__main__ import main
 from export.bundle.writer import BundleWriter
-from export.chat.template import CONVERSATIONS, load_tokenizer, render, stop_ids, write_tokenizer
+from export.chat.sidecars import write_tokenizer
+from export.chat.stops import Stops, find_stops
+from export.chat.template import load_tokenizer, render
+from export.chat.tokenizer import read_tokenizer, real_ids
+from export.checkpoint.base import CheckpointError
 from export.checkpoint.folder import FolderCheckpoint
+from export.checkpoint.random import RandomCheckpoint
 from export.model.config import ConfigError, ModelConfig
 from export.sizes import shipped_tiny
 from export.spec import ExportError
@@ -56,41 +62,108 @@ def put(name: str, content: bytes) -> Callable[[Path], object]:
 
 # --- stop tokens ----------------------------------------------------------------------------------------------
 
-STOPS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no json": (put(GENERATION, b'{"eos_token_id": [394'), r"generation_config.json is not readable JSON \(Expecting"),
-    "no text": (put(GENERATION, b"\xff\xfe\x00"), r"generation_config.json is not readable JSON \('utf-8' codec"),
-    "too deep": (put(GENERATION, b"[" * 100_000), r"generation_config.json is not readable JSON \(maximum recursion"),
-    "a list": (put(GENERATION, b"[394, 392]"), r"generation_config.json holds a list; it must be a JSON object"),
-    "a string": (edit(GENERATION, eos_token_id="394"), r"has eos_token_id '394'; it must be .* from 0 to 447"),
-    "strings": (edit(GENERATION, eos_token_id=[394, "392"]), r"has eos_token_id \[394, '392'\]; it must be"),
-    "a truth": (edit(GENERATION, eos_token_id=True), r"has eos_token_id True; it must be"),
-    "an object": (edit(GENERATION, eos_token_id={"id": 394}), r"has eos_token_id {'id': 394}; it must be"),
-    "negative": (edit(GENERATION, eos_token_id=-1), r"has eos_token_id -1; .* take the published file"),
-    "outside": (edit(GENERATION, eos_token_id=[448]), r"has eos_token_id \[448\]; .* token ids from 0 to 447"),
-    "empty": (edit(GENERATION, eos_token_id=[]), r"names no eos_token_id; add the published stop tokens"),
-    "none": (edit(GENERATION, eos_token_id=None), r"names no eos_token_id; add the published stop tokens"),
-    "absent": (lambda f: (f / GENERATION).unlink(), r"a tokenizer but no generation_config.json, .*never stop"),
+DAMAGED: dict[str, tuple[bytes, str]] = {
+    "no json": (b'{"eos_token_id": [394', r"generation_config.json is not readable JSON \(Expecting"),
+    "no text": (b"\xff\xfe\x00", r"generation_config.json is not readable JSON \('utf-8' codec"),
+    "too deep": (b"[" * 100_000, r"generation_config.json is not readable JSON \(maximum recursion"),
+    "a list": (b"[394, 392]", r"generation_config.json holds a list; it must be a JSON object"),
 }
 
 
-@pytest.mark.parametrize("case", STOPS)
-def test_wrong_stop_tokens_are_refused(case: str, folder: Path) -> None:
-    damage, message = STOPS[case]
-    damage(folder)
+def stops_of(folder: Path) -> Stops:
+    """As at export: with the tokenizer and its template."""
     checkpoint = FolderCheckpoint(folder)
-    with pytest.raises(ExportError, match=message):
-        stop_ids(checkpoint, checkpoint.model_config)
+    tokenizer = read_tokenizer(checkpoint)
+    return find_stops(checkpoint, checkpoint.model_config.text.vocab_size, tokenizer, real_ids(tokenizer))
 
 
-def test_one_stop_token_and_several() -> None:
-    checkpoint = FolderCheckpoint(shipped_tiny())
-    assert stop_ids(checkpoint, checkpoint.model_config) == [394, 392]
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_generation_config_is_refused(case: str, folder: Path) -> None:
+    content, message = DAMAGED[case]
+    (folder / GENERATION).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        stops_of(folder)
 
 
-def test_one_stop_token_need_not_be_a_list(folder: Path) -> None:
-    edit(GENERATION, eos_token_id=0)(folder)
-    checkpoint = FolderCheckpoint(folder)
-    assert stop_ids(checkpoint, checkpoint.model_config) == [0]
+IGNORED: list[tuple[Any, str]] = [
+    ("394", r"has eos_token_id '394', which is ignored: it must be a token id, or a list of them"),
+    ([394, "392"], r"has eos_token_id '392', which is ignored: it must be a token id"),
+    (True, r"has eos_token_id True, which is ignored: it must be a token id"),
+    ({"id": 394}, r"has eos_token_id {'id': 394}, which is ignored: it must be a token id"),
+    (-1, r"has eos_token_id -1, which is ignored: the embedding has rows 0 to 447"),
+    ([448], r"has eos_token_id 448, which is ignored: the embedding has rows 0 to 447"),
+    (412, r"has eos_token_id 412, which is ignored: the tokenizer has no such token"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), IGNORED)
+def test_a_wrong_stop_token_is_told_and_ignored(value: Any, message: str, folder: Path) -> None:
+    edit(GENERATION, eos_token_id=value)(folder)
+    stops = stops_of(folder)
+    assert stops.ids == [394, 392]
+    told = [notice for notice in stops.notices if re.search(rf"^generation_config.json {message}", notice)]
+    assert len(told) == 1 and len(stops.notices) == 2
+
+
+# What is left of the four sources, and the union, the end of a turn first.
+UNIONS: dict[str, tuple[Callable[[Path], object], list[int]]] = {
+    "as shipped": (lambda folder: None, [394, 392]),
+    "no generation_config": (lambda folder: (folder / GENERATION).unlink(), [394, 392]),
+    "of a base model": (edit(GENERATION, eos_token_id=392), [394, 392]),
+    "twice": (edit(GENERATION, eos_token_id=[394, 394, 392]), [394, 392]),
+    "empty": (edit(GENERATION, eos_token_id=[]), [394, 392]),
+    "none": (edit(GENERATION, eos_token_id=None), [394, 392]),
+    "one more": (edit(GENERATION, eos_token_id=0), [394, 0, 392]),
+    "top level": (edit("config.json", eos_token_id=[1, 2]), [394, 392, 1, 2]),
+    "a turn ends otherwise": (
+        lambda folder: (folder / TEMPLATE).write_text((folder / TEMPLATE).read_text().replace("im_end", "quad_end")),
+        [400, 394, 392],
+    ),
+    "a turn has no end": (
+        lambda folder: (folder / TEMPLATE).write_text("{% for m in messages %}{{ m.content }}{% endfor %}"),
+        [394, 392],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNIONS)
+def test_stop_tokens_are_the_union_of_all_sources(case: str, folder: Path) -> None:
+    change, expected = UNIONS[case]
+    change(folder)
+    stops = stops_of(folder)
+    assert stops.ids == expected
+    told = [notice for notice in stops.notices if "ends an answer with no special token" in notice]
+    assert len(told) == (case == "a turn has no end")
+
+
+def test_the_notice_names_tokens_and_sources(folder: Path) -> None:
+    (notice,) = stops_of(folder).notices
+    assert notice == (
+        "an answer stops at <|im_end|> (394, named by the template, the tokenizer and generation_config.json) and "
+        "<|endoftext|> (392, named by generation_config.json and config.json)"
+    )
+
+
+def test_only_no_stop_token_at_all_is_refused(folder: Path) -> None:
+    (folder / GENERATION).unlink()
+    edit("config.json", text_config={k: v for k, v in TEXT.items() if k != "eos_token_id"})(folder)
+    edit("tokenizer_config.json", eos_token=None)(folder)
+    assert stops_of(folder).ids == [394, 392], "the template's, and the default of transformers' class"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": None}))
+    assert stops_of(folder).ids == [394]
+    (folder / TEMPLATE).unlink()
+    with pytest.raises(CheckpointError, match=r"no stop token is known: .*never stop; set eos_token in tokenizer_conf"):
+        stops_of(folder)
+
+
+def test_without_a_tokenizer_the_published_stops_count_where_they_have_rows() -> None:
+    small = RandomCheckpoint(variant())
+    assert find_stops(small, 64).ids == []
+    named = RandomCheckpoint({**variant(), "eos_token_id": 3})
+    assert find_stops(named, 64).ids == [3]
+    assert find_stops(small, 248_046).ids == [248_044]
+    assert find_stops(small, 248_320).ids == [248_046, 248_044]
 
 
 # --- tokenizer, template and preprocessor at export -----------------------------------------------------------
@@ -282,7 +355,7 @@ def test_the_command_prints_one_line_and_json(
     case: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     damages = {
-        "stop tokens": STOPS["no json"],
+        "stop tokens": (put(GENERATION, DAMAGED["no json"][0]), DAMAGED["no json"][1]),
         "template": COPIED["syntax"],
         "config": (edit("config.json", text_config=3), r"config.json has no 'text_config' object"),
     }
@@ -331,8 +404,8 @@ def test_damage_after_the_export_stops_run(
 def test_what_is_not_damaged_still_renders(bundle: Path) -> None:
     tokenizer = load_tokenizer(bundle)
     tests = json.loads((bundle / "chat_tests.json").read_text())
-    assert [case["name"] for case in tests] == list(CONVERSATIONS)
-    assert tests[0]["token_ids"] == render(tokenizer, CONVERSATIONS["plain"]["messages"])
+    assert {"plain", "system", "turns", "image", "thinking", "no-thinking", "tools"} <= {t["name"] for t in tests}
+    assert tests[0]["name"] == "plain" and tests[0]["token_ids"] == render(tokenizer, tests[0]["messages"])
     with pytest.raises(ExportError, match=r"has no tokenizer.json \(random weights have none\)"):
         load_tokenizer(bundle.parent)
 

@@ -85,6 +85,8 @@ def _references(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "tokenizer.files", path
     if manifest["tokenizer"]["chat_template"] is not None:
         yield "tokenizer.chat_template", manifest["tokenizer"]["chat_template"]
+    for name, path in manifest["tokenizer"].get("additional_chat_templates", {}).items():
+        yield f"tokenizer.additional_chat_templates.{name}", path
     for name, path in manifest["reports"].items():
         yield f"reports.{name}", path
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from export.chat.conversation import Conversation, Snapshot
 from export.chat.sampling import Sampler, greedy
 from export.chat.template import render
+from export.model.positions import PromptError
 
 
 class Chat:
@@ -30,6 +31,7 @@ class Chat:
         self.thinking = thinking
         self.reused = 0
         """Tokens of the last prompt that were in the state already."""
+        conversation.token_name = tokenizer.convert_ids_to_tokens
         self._fed: list[int] = []
         self._question: tuple[list[int], Snapshot] | None = None
         conversation.reset()
@@ -43,8 +45,17 @@ class Chat:
         sampler: Sampler = greedy,
         on_token: Callable[[int], None] = lambda token: None,
     ) -> tuple[list[int], list[int]]:
-        """(prompt ids, new ids) of the answer to the last of `messages`; `images` are those of all turns."""
+        """(prompt ids, new ids) of the answer to the last of `messages`; `images` are those of all turns.
+
+        Raises:
+            PromptError: pictures, and a template without a place for them.
+        """
         conversation = self.conversation
+        if images and not conversation.contract.takes_pictures:
+            raise PromptError(
+                "the bundle's chat template (chat_template.jinja) takes no pictures; ask without, or export the "
+                "checkpoint with a template that writes <|vision_start|><|image_pad|><|vision_end|> for a picture"
+            )
         prompt = self._render(messages, images, True)
         question = self._render(messages, images, False)
         if prompt[: len(question)] != question:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.chat import pictures
-from export.chat.sampling import Sampler, greedy
+from export.chat.sampling import Sampler, greedy, masked
 from export.model.positions import PositionCounter, PromptError, splice
 from export.spec import ExportError
 
@@ -44,6 +44,13 @@ class Contract:
     stop_token_ids: tuple[int, ...]
     pixels_per_token: int
     """Side of the square of pixels behind one image token."""
+    num_rows: int | None = None
+    """Rows of the embedding, where known: ids from this one on cannot be fed."""
+    num_tokens: int | None = None
+    """Ids from this one on have no token, where known: they are never sampled."""
+    never_sampled_ids: tuple[int, ...] = ()
+    takes_pictures: bool = True
+    """Whether the chat template has a place for them."""
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Contract:
@@ -52,14 +59,26 @@ class Contract:
         for height, width in sizes:
             count = manifest["signatures"][f"vision_{height}x{width}"]["outputs"][0]["shape"][1]
             side = round((height * width / count) ** 0.5)
+        tokenizer = manifest["tokenizer"]
+        image = tokenizer["special_token_ids"].get("image", -1)
+        stops = tuple(tokenizer["stop_token_ids"])
+        never = {*tokenizer.get("never_sampled_ids", ()), *((image,) if image >= 0 else ())}
         return cls(
             context_length=manifest["context_length"],
             prefill_lengths=tuple(manifest["prefill_lengths"]),
             image_sizes=sizes,
-            image_token_id=manifest["tokenizer"]["special_token_ids"].get("image", -1),
-            stop_token_ids=tuple(manifest["tokenizer"]["stop_token_ids"]),
+            image_token_id=image,
+            stop_token_ids=stops,
             pixels_per_token=side,
+            num_rows=manifest.get("model", {}).get("vocab_size"),
+            num_tokens=tokenizer.get("num_tokens"),
+            never_sampled_ids=tuple(sorted(never - set(stops))),
+            takes_pictures=tokenizer.get("template", {}).get("pictures", True),
         )
+
+    def mask(self, logits: NDArray[Any]) -> NDArray[Any]:
+        """A copy of logits [..., V] with minus infinity at ids that are never sampled."""
+        return masked(logits, self.num_tokens, self.never_sampled_ids)
 
 
 @dataclass(frozen=True)
@@ -98,6 +117,8 @@ class Conversation:
     def __init__(self, session: Runner, contract: Contract) -> None:
         self.session = session
         self.contract = contract
+        self.token_name: Callable[[int], object] = lambda token: "no text known"
+        """Text of a token, for messages; a chat, which has the tokenizer, sets it."""
         self.reset()
 
     def reset(self) -> None:
@@ -147,10 +168,12 @@ class Conversation:
         """Append tokens (image tokens already expanded) and return the logits [V] after the last.
 
         Raises:
-            ContextFull: they do not fit; nothing was run. PromptError: tokens and images disagree.
+            ContextFull: they do not fit; nothing was run. PromptError: tokens and images disagree, or a token has
+                no row in the embedding; nothing was run.
         """
         if not ids:
             raise PromptError("no tokens to feed; give at least one")
+        self._check_rows(ids)
         room = self.contract.context_length - self.start
         if len(ids) > room:
             raise ContextFull(
@@ -170,6 +193,19 @@ class Conversation:
             done += valid
         self.positions = counter
         return logits
+
+    def _check_rows(self, ids: Sequence[int]) -> None:
+        """Runtimes differ in what they read past a table's end, some without a word: nothing may ask them to."""
+        rows = self.contract.num_rows
+        most = max(ids) if rows is None else rows - 1
+        for token in ids:
+            if not 0 <= token <= most:
+                bound = "" if rows is None else f", which has {rows} rows (0 to {most})"
+                raise PromptError(
+                    f"token {token} ({self.token_name(token)!r}) has no row in the model's embedding{bound}: the "
+                    "tokenizer knows more than the model; leave it out of the prompt, or resize the embedding and "
+                    "export again"
+                )
 
     def _embed(self, ids: Sequence[int]) -> NDArray[Any]:
         return self.session.run("embed", {"input_ids": np.asarray([ids], np.int64)})["embeddings"][0]
@@ -209,13 +245,14 @@ class Conversation:
     ) -> list[int]:
         """Feed a prompt and sample until a stop token, the limit, or the end of the context.
 
+        Ids that are no answer are masked before the sampler sees the logits [V].
         The stop token is not returned and not yet in the state: a next turn feeds it first.
         """
         stops = set(self.contract.stop_token_ids if stop is None else stop)
         logits = self.feed(ids, images)
         new: list[int] = []
         while len(new) < max_new_tokens:
-            token = sampler(logits)
+            token = sampler(self.contract.mask(logits))
             if token in stops:
                 break
             new.append(token)

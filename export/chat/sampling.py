@@ -1,9 +1,9 @@
-"""Choosing the next token from logits."""
+"""Choosing the next token from logits: which ids may be chosen at all, and by what rule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,20 @@ class Sampling:
             return int(random.choice(ids, p=p))
 
         return sample
+
+
+def masked(logits: NDArray[Any], num_tokens: int | None, never: Sequence[int]) -> NDArray[Any]:
+    """A copy of logits [..., V] with minus infinity where no sampler may choose.
+
+    Args:
+        num_tokens: ids from this one on are rows of the embedding without a token; None: every row has one.
+        never: other ids that are no answer, such as the placeholders of pictures.
+    """
+    result = logits.copy()
+    if num_tokens is not None:
+        result[..., num_tokens:] = -np.inf
+    result[..., [token for token in never if token < logits.shape[-1]]] = -np.inf
+    return result
 
 
 def greedy(logits: NDArray[Any]) -> int:

@@ -1,120 +1,32 @@
-"""Tokenizer and chat template of a bundle: copied from the checkpoint, tested messages beside them."""
+"""A tokenizer and its chat template: loaded from a folder, messages rendered to text and token ids.
+
+A bundle's tokenizer.json is all there is to its tokenizer, here as in an app. A checkpoint's is what
+transformers makes of its files; `export.chat.tokenizer` writes that into the bundle.
+"""
 
 from __future__ import annotations
 
-import shutil
+from datetime import datetime
 from pathlib import Path
 from textwrap import shorten
+from types import SimpleNamespace
 from typing import Any
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError
 
-from export.bundle.writer import BundleWriter
-from export.checkpoint.base import Checkpoint, CheckpointError, read_json
-from export.model.config import ModelConfig
+from export.checkpoint.base import CheckpointError
 from export.spec import ExportError
 
-FILES = {
-    "tokenizer.json": "tokenizer",
-    "tokenizer_config.json": "tokenizer",
-    "chat_template.jinja": "chat_template",
-    "generation_config.json": "generation",
-    "preprocessor_config.json": "preprocessor",
-}
-PUBLISHED_STOPS = (248046, 248044)
-"""<|im_end|> and <|endoftext|> of the published vocabulary, for weights that come without a tokenizer."""
-
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "Weather of a city",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-CONVERSATIONS: dict[str, dict[str, Any]] = {
-    "plain": {"messages": [{"role": "user", "content": "What is 12 + 30?"}]},
-    "system": {
-        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
-    },
-    "turns": {
-        "messages": [
-            {"role": "user", "content": "Hello"},
-            {"role": "assistant", "content": "Hi."},
-            {"role": "user", "content": "What is 1 + 1?"},
-        ],
-    },
-    "image": {
-        "messages": [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is written?"}]}
-        ]
-    },
-    "thinking": {"messages": [{"role": "user", "content": "Hello"}], "enable_thinking": True},
-    "no-thinking": {"messages": [{"role": "user", "content": "Hello"}], "enable_thinking": False},
-    "tools": {"messages": [{"role": "user", "content": "Weather in Paris?"}], "tools": [TOOL]},
-}
+DIRECTIVES = "aAbBcdfHIjmMpSUwWxXyYZ"
+"""Of strftime, that a fixed clock knows; with a minus (%-d) the leading zeros are dropped."""
 
 
-def write_tokenizer(checkpoint: Checkpoint, config: ModelConfig, writer: BundleWriter) -> dict[str, Any]:
-    """Copy tokenizer files, write chat_tests.json; returns `tokenizer` of the manifest.
+class Refusal(ExportError):
+    """The chat template refuses a conversation by raise_exception; `reason` is the template's own message."""
 
-    Raises:
-        ExportError: one of the files cannot be read or used.
-    """
-    copied = []
-    for name, role in FILES.items():
-        source = checkpoint.sidecar(name)
-        if source is not None:
-            if name.endswith(".json"):
-                read_json(source)
-            shutil.copyfile(source, writer.add(name, role))
-            copied.append(name)
-    template = "chat_template.jinja" if "chat_template.jinja" in copied else None
-    if "tokenizer.json" in copied:
-        tokenizer = load_tokenizer(writer.path)
-        if template:
-            tests = chat_tests(tokenizer)
-            _check_ids(tests, config.text.vocab_size)
-            writer.add_json("chat_tests.json", "chat_tests", tests)
-    return {
-        "files": [name for name in copied if name.startswith("tokenizer")],
-        "chat_template": template,
-        "stop_token_ids": stop_ids(checkpoint, config),
-        "special_token_ids": {
-            "image": config.image_token_id,
-            "vision_start": config.vision_start_token_id,
-            "vision_end": config.vision_end_token_id,
-        },
-    }
-
-
-def stop_ids(checkpoint: Checkpoint, config: ModelConfig) -> list[int]:
-    """Stop tokens from generation_config.json: the tokenizer's eos alone would miss one.
-
-    Raises:
-        ExportError: a tokenizer without generation_config.json, a damaged one, or one that names no stop
-            token of the vocabulary.
-    """
-    path = checkpoint.sidecar("generation_config.json")
-    if path is None:
-        if checkpoint.sidecar("tokenizer.json") is None:
-            return [i for i in PUBLISHED_STOPS if i < config.text.vocab_size]
-        raise ExportError(
-            "the checkpoint has a tokenizer but no generation_config.json, which names the stop tokens; "
-            "add the published one, or generation would never stop"
-        )
-    found = read_json(path).get("eos_token_id")
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not ids:
-        raise CheckpointError("generation_config.json names no eos_token_id; add the published stop tokens")
-    vocab = config.text.vocab_size
-    for token in ids:
-        if type(token) is not int or not 0 <= token < vocab:
-            raise CheckpointError(
-                f"generation_config.json has eos_token_id {found!r}; it must be one or a list of token ids from 0 "
-                f"to {vocab - 1}: take the published file"
-            )
-    return ids
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -123,12 +35,24 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         ExportError: no tokenizer.json, or files that do not make a tokenizer.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if not (folder / "tokenizer.json").exists():
         raise ExportError(f"{folder} has no tokenizer.json (random weights have none); nothing to talk with")
+    # Without config.json transformers would choose a class by tokenizer_config.json and rebuild the
+    # pre-tokenizer; a bundle's tokenizer.json means what it says.
+    loader = AutoTokenizer if (folder / "config.json").exists() else PreTrainedTokenizerFast
+    return guarded(folder, lambda: loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+
+
+def guarded(folder: Path, load: Any) -> Any:
+    """What `load` returns.
+
+    Raises:
+        CheckpointError: it fails; the message names the folder.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return load()
     except MemoryError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exceptions
@@ -138,57 +62,91 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
+def has_template(tokenizer: Any) -> bool:
+    """Whether a conversation without tools can be rendered: there is one template, or one named "default"."""
+    templates = tokenizer.chat_template
+    return templates is not None and (isinstance(templates, str) or "default" in templates)
+
+
 def render(
     tokenizer: Any, messages: list[dict[str, Any]], *, generation_prompt: bool = True, **options: Any
 ) -> list[int]:
     """Messages -> token ids, by default with the generation prompt; image tokens single, as the template's.
 
     Raises:
-        ExportError: the template is missing, malformed or refuses the messages, or the tokenizer fails.
+        Refusal: the template calls raise_exception. ExportError: it is missing or malformed, or the tokenizer fails.
+    """
+    text = render_text(tokenizer, messages, generation_prompt=generation_prompt, **options)
+    return encode(tokenizer, text)
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a rendered conversation.
+
+    Raises:
+        ExportError: the tokenizer fails.
     """
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt, **options
+        # Not verbose: the limit that transformers would warn of is the tokenizer's, not the bundle's.
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise _broken(error) from error
+    return ids
+
+
+def render_text(
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    *,
+    generation_prompt: bool = True,
+    now: datetime | None = None,
+    **options: Any,
+) -> str:
+    """Messages -> the prompt as text; `now` is the time that strftime_now tells, by default the true one.
+
+    Raises:
+        As `render`.
+    """
+    # transformers refuses an empty list before the template sees it, but not an object without messages.
+    conversation: Any = messages or SimpleNamespace(messages=[])
+    try:
+        if now is not None:
+            template = tokenizer.get_chat_template(None, options.get("tools"))
+            options["chat_template"] = with_clock(template, now)
+        text: str = tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=generation_prompt, **options
         )
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     except MemoryError:
         raise
     except Exception as error:  # a template is a program of its own and may raise anything
-        raise ExportError(
-            f"the chat template cannot render the conversation ({_reason(error)}); take chat_template.jinja and "
-            "tokenizer_config.json from the published checkpoint"
-        ) from error
-    return ids
+        if type(error) is TemplateError:
+            raise Refusal(str(_broken(error)), str(error)) from error
+        raise _broken(error) from error
+    return text
+
+
+def with_clock(template: str, now: datetime) -> str:
+    """The template with a strftime_now of its own that always tells `now`, in the names of the C locale.
+
+    transformers passes only plain data to templates, no functions; so the clock is a macro before the template.
+    """
+    told = {f"%{letter}": now.strftime(f"%{letter}") for letter in DIRECTIVES}
+    told |= {f"%-{letter}": str(int(now.strftime(f"%{letter}"))) for letter in "dHIjmMSUWy"}
+    calls = "".join(f".replace({sign!r}, {text!r})" for sign, text in told.items())
+    # A block tag swallows the newline after it, so that the template begins at the start of a line as before.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{calls} }}}}{{% endmacro %}}\n{template}"
+
+
+def _broken(error: Exception) -> ExportError:
+    return ExportError(
+        f"the chat template cannot render the conversation ({_reason(error)}); take chat_template.jinja and "
+        "tokenizer_config.json from the published checkpoint"
+    )
 
 
 def _reason(error: Exception) -> str:
     """Kind and text of an error on one line, with the line of the template that it is about."""
     place = f" in line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
     return f"{type(error).__name__}: {shorten(str(error), 200)}{place}"
-
-
-def chat_tests(tokenizer: Any) -> list[dict[str, Any]]:
-    """Messages -> token ids, for the apps' own template renderers and tokenizers."""
-    entries = []
-    for name, case in CONVERSATIONS.items():
-        options = {key: value for key, value in case.items() if key != "messages"}
-        ids = render(tokenizer, case["messages"], **options)
-        entries.append({"name": name, **case, "add_generation_prompt": True, "token_ids": ids})
-    return entries
-
-
-def _check_ids(tests: list[dict[str, Any]], vocab: int) -> None:
-    """Refuse the tokenizer of another model: its ids would read rows that the embedding does not have.
-
-    Raises:
-        CheckpointError: naming the conversation of `tests` and the id.
-    """
-    for test in tests:
-        ids = test["token_ids"]
-        if not ids or max(ids) >= vocab:
-            found = f"ids up to {max(ids)}" if ids else "no ids"
-            raise CheckpointError(
-                f"template and tokenizer make {found} of the conversation {test['name']!r}; they must be 0 to "
-                f"{vocab - 1}, the rows of the embedding: take chat_template.jinja, tokenizer.json and the weights "
-                "from the same checkpoint"
-            )

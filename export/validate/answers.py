@@ -42,7 +42,8 @@ def greedy_tokens(
     """Tokens that greedy decoding gives as transformers would, up to the first difference; mean over prompts.
 
     transformers judges the bundle's own continuation in one teacher-forced pass: up to the first difference
-    that is the same as letting it run freely, and layers can still be streamed.
+    that is the same as letting it run freely, and layers can still be streamed. Both choose among the same ids:
+    what a bundle never samples is masked in transformers' logits as well.
     """
     lengths = []
     for prompt in case.prompts:
@@ -51,7 +52,7 @@ def greedy_tokens(
         rows = reference.embed(case.checkpoint, ids)
         positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
         logits, _ = reference.hf_sequence(case.checkpoint, case.config, rows, positions, len(prompt))
-        best = logits[len(prompt) - 1 : -1].argmax(-1)
+        best = contract.mask(logits[len(prompt) - 1 : -1]).argmax(-1)
         different = np.flatnonzero(best != np.asarray(answer))
         lengths.append(int(different[0]) if len(different) else len(answer))
     series["greedy_tokens"] = lengths
