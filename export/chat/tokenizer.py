@@ -58,9 +58,11 @@ def read_tokenizer(checkpoint: Checkpoint) -> Any | None:
         )
 
     def load() -> Any:
-        # Only these decide the class; the rest of config.json is judged elsewhere.
-        config = AutoConfig.for_model(checkpoint.config["model_type"])
-        config.tokenizer_class = checkpoint.config.get("tokenizer_class")
+        # Only these decide the class, as the file says them; the rest of config.json is judged elsewhere.
+        path = checkpoint.sidecar("config.json")
+        stored = checkpoint.config if path is None else read_json(path)
+        config = AutoConfig.for_model(stored["model_type"])
+        config.tokenizer_class = stored.get("tokenizer_class")
         return AutoTokenizer.from_pretrained(folder, config=config, **options)
 
     return guarded(folder, load)

@@ -51,11 +51,6 @@ class FolderCheckpoint:
             self.notices.append(
                 "config.json describes a vision encoder but the weights hold none: the bundle will answer text only"
             )
-        if self.model_config.vision is not None and self.preprocessor is None:
-            self.notices.append(
-                "the checkpoint has no settings of an image processor (preprocessor_config.json or "
-                "processor_config.json): mean and std are 0.5, as published"
-            )
 
     def sidecar(self, name: str) -> Path | None:
         """Path of the file `name` in the folder, or None."""
