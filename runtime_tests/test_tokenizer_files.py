@@ -161,7 +161,7 @@ def test_the_bundle_tokenizes_as_transformers_does(form: Callable[[Path], None],
 def test_the_class_that_transformers_takes_decides_the_words(model_type: str, module: Any, folder: Path) -> None:
     """tokenizer_config.json says Qwen2Tokenizer; transformers overrules it for one of the two model types."""
     checkpoint = Files(folder)
-    checkpoint.config["model_type"] = model_type
+    (folder / "config.json").write_text(json.dumps({**checkpoint.config, "model_type": model_type}))
     with bundle(checkpoint) as (place, _):
         written = json.loads((place / "tokenizer.json").read_text())["pre_tokenizer"]
         assert written["pretokenizers"][0]["pattern"]["Regex"] == module.PRETOKENIZE_REGEX
