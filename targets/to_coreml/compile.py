@@ -257,7 +257,7 @@ class _Compiler:
         for slot, place in last.items():
             dying[place].append(slot)
         roots = [frozenset((slot,)) for slot in range(len(self.slots))]
-        live = (states | foreign) & last.keys()
+        live = states & last.keys()  # without `foreign`: what shares memory with those is never written in place
         steps = []
         for place, one in enumerate(self.pending):
             live -= set(dying[place])
