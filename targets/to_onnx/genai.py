@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from export.model import trace
 from export.model.state import State
+from export.model.trace import Program
 from targets.base import Job
 from targets.to_onnx.graph import Graph, WeightFile
 from targets.to_onnx.operators import Lowering, embed_rows, walk
@@ -31,9 +31,12 @@ def state_name(state: State, prefix: str) -> str:
     return f"{prefix}.{state.layer}.{state.kind}"
 
 
-def emit(job: Job, weights: WeightFile, rows: int, state_shape: Any) -> None:
-    """Write genai.onnx into the job's folder."""
-    program = trace.trace_decoder(job.config, rows, None)
+def emit(job: Job, weights: WeightFile, program: Program, state_shape: Any) -> None:
+    """Write genai.onnx into the job's folder.
+
+    Args:
+        program: the decoder with a symbolic number of tokens; it is left without padding.
+    """
     nodes = list(program.exported.graph.nodes)
     for node in nodes:
         if str(node.target) in UNPADDED:

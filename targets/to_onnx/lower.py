@@ -47,7 +47,7 @@ def lower(job: Job) -> Lowered:
         _emit(job, weights, program, "decoder.onnx")
         _emit(job, weights, trace.trace_embed(job.config), "embed.onnx")
         files = {"decoder.onnx": "decoder", "embed.onnx": "embedding", WEIGHTS: "weights"}
-        genai.emit(job, weights, rows, state_shape)
+        genai.emit(job, weights, program, state_shape)
         (job.folder / genai.CONFIG).write_text(dump(genai.config(job, list(job.stop_token_ids))))
         files |= {genai.GRAPH: "genai", genai.CONFIG: "genai"}
         images = job.image_sizes if job.config.vision is not None else ()
