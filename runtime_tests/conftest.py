@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from export.validate import reference
 from export.validate.case import Rung, make_plan
 from export.validate.lowered import compare_files
 from export.validate.probe import make_probe
+from runtime_tests.once import Memory
 from targets import load_target
 from targets.base import Job, Lowered
 
@@ -35,6 +38,46 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def memory() -> Memory:
+    return Memory()
+
+
+@pytest.fixture(scope="module")
+def traced_once(memory: Memory) -> Iterator[None]:
+    """Programs of one config and size are traced once, for all files that ask for this."""
+    with pytest.MonkeyPatch.context() as patch:
+        memory.traces(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def judged_once(memory: Memory) -> Iterator[None]:
+    """transformers computes each sequence and picture once, for all files that ask for this."""
+    with pytest.MonkeyPatch.context() as patch:
+        memory.transformers(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def compared_once(memory: Memory) -> Iterator[None]:
+    """Our modules compute each sequence, picture and answer once. Not for files that test the modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        memory.modules(patch)
+        memory.answers(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def hints_once() -> Iterator[None]:
+    """ExecuTorch's serialiser looks up the same type hints for every node: most of the time of a small lowering."""
+    from executorch.exir._serialize import _dataclass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_dataclass, "get_type_hints", functools.cache(_dataclass.get_type_hints))
+        yield
 
 
 BASE: dict[str, Any] = {
@@ -119,7 +162,10 @@ class MemoryCheckpoint:
         return None
 
     def content_key(self) -> str:
-        return f"memory:{self.source['seed']}"
+        content = hashlib.sha256(repr(self.config).encode())
+        for name, tensor in self.tensors.items():
+            content.update(name.encode() + tensor.numpy().tobytes())
+        return f"memory:{content.hexdigest()}"
 
 
 def variant(**changes: Any) -> dict[str, Any]:

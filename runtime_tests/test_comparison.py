@@ -25,7 +25,7 @@ from export.spec import ExportError, UsageError
 from export.validate import judge
 from export.validate.gates import GATES, Gate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "traced_once", "judged_once", "compared_once")
 
 SHAPE = ["--target", "onnx", "--size", "tiny", "--num-layers", "1", "--no-vision", "--context-length", "128"]
 ONE = ["--quiet", "--threads", "1"]

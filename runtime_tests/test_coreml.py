@@ -29,6 +29,7 @@ from export.validate.ladder import l2
 from export.validate.lowered import l1
 from runtime_tests import mil
 from runtime_tests.conftest import CONTEXT, MemoryCheckpoint, build, climb_l1, variant
+from runtime_tests.once import Memory
 from targets import load_target
 from targets.base import Job
 from targets.table import Table
@@ -38,6 +39,8 @@ from targets.to_coreml.blob import BlobTensor
 from targets.to_coreml.cut import MAX_BYTES, common_bytes, cut, head_bytes, head_pieces, layer_bytes
 from targets.to_coreml.interpreter import Interpreter
 from targets.to_coreml.program import Package
+
+pytestmark = pytest.mark.usefixtures("traced_once", "compared_once")
 
 NAME = "coreml"
 
@@ -374,10 +377,13 @@ def test_packages_open_in_coremltools_and_say_what_everything_is(
                 assert feature.shortDescription, feature.name
 
 
-def test_the_same_export_gives_the_same_bytes_and_a_whole_package_is_kept(small: Any, tmp_path: Path) -> None:
+def test_the_same_export_gives_the_same_bytes_and_a_whole_package_is_kept(
+    small: Any, memory: Memory, tmp_path: Path
+) -> None:
     folders = tmp_path / "a", tmp_path / "b"
     for folder in folders:
         folder.mkdir()
+        memory.forget()
         build(small, folder, load_recipe("int4", 32), NAME, lengths=(16,))
     first, second = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in folders)
     assert first == second

@@ -25,6 +25,8 @@ from targets.to_coreml.interpreter import Interpreter
 from targets.to_coreml.profiles import PROFILES
 from targets.to_coreml.program import Package
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 Array = NDArray[Any]
 ON_A_MAC = 5e-2
 """Relative; not measured yet. A device may sum in float16 and in an order of its own, while two executors that sum in

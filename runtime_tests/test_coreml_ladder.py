@@ -30,7 +30,7 @@ from runtime_tests.conftest import MemoryCheckpoint, build, variant
 from targets import load_target
 from targets.base import Finding, Target
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "traced_once", "judged_once")
 
 LINEAR, FULL = "linear_attention", "full_attention"
 CONFIG = variant(

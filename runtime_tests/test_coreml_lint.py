@@ -35,6 +35,8 @@ from targets.to_coreml.package import INSIDE, MODEL, WEIGHTS
 from targets.to_coreml.profiles import PROFILES
 from targets.to_coreml.program import Package
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 FILE = "wrong.mlpackage"
 HALF, WHOLE = "float16", "int32"
 LENGTHS = (16,)

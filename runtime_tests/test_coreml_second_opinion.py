@@ -36,7 +36,7 @@ from targets.to_coreml.program import Package
 from targets.to_coreml.second_opinion import AFTER, Opinion, session_options, translate
 from targets.to_coreml.second_opinion_graph import Untranslatable
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "traced_once")
 
 Array = NDArray[Any]
 

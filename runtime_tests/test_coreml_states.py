@@ -15,6 +15,8 @@ from runtime_tests.conftest import build
 from targets.contract import CallError
 from targets.to_coreml.session import CoreMLSession
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 NAME = "coreml"
 PLAN = [(16, 16), *[(None, 1)] * 4]
 POSITIONS = np.tile(np.arange(20, dtype=np.int32), (3, 1))

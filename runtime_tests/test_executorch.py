@@ -24,6 +24,8 @@ from targets.to_executorch import lower, operators, runtime
 from targets.to_executorch.program import Method
 from targets.to_executorch.stored import Pte
 
+pytestmark = pytest.mark.usefixtures("hints_once", "traced_once", "judged_once", "compared_once")
+
 NAME = "executorch"
 Built = tuple[Path, dict[str, Any]]
 

@@ -31,6 +31,8 @@ from targets.to_executorch.program import Constants, Method
 from targets.to_executorch.weight_cache import share_packed_weights
 from targets.to_executorch.xnnpack import Filter, Tensor, _Value
 
+pytestmark = pytest.mark.usefixtures("hints_once", "traced_once")
+
 SIZE = 64
 """Of the mask: a chunk of the delta rule."""
 MASK = np.tril(np.random.default_rng(0).standard_normal((SIZE, SIZE)).astype(np.float32))

@@ -27,6 +27,8 @@ from targets.to_onnx import operators, pack
 from targets.to_onnx.graph import Graph
 from targets.to_onnx.session import OnnxSession
 
+pytestmark = pytest.mark.usefixtures("traced_once", "compared_once")
+
 Nodes = list[onnx.NodeProto]
 
 

@@ -9,7 +9,6 @@ each mechanism once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import pytest
 from coremltools.converters.mil.mil import Builder as mb
 
 from export.checkpoint.weights import Weights
-from export.model import trace
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
 from export.validate import metrics, reference
@@ -50,7 +48,7 @@ from targets.to_coreml import delta_rule
 from targets.to_coreml.lint import lint_bundle
 from targets.to_coreml.session import CoreMLSession
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "traced_once", "judged_once", "compared_once")
 
 NAME = "coreml"
 LENGTHS = (16,)
@@ -79,32 +77,6 @@ def seeing() -> MemoryCheckpoint:
     return MemoryCheckpoint(
         variant(num_hidden_layers=2, layer_types=[LINEAR, FULL], vocab_size=256, vision={"depth": 1})
     )
-
-
-@pytest.fixture(scope="module")
-def known() -> dict[Any, Any]:
-    return {}
-
-
-@pytest.fixture(autouse=True)
-def once(known: dict[Any, Any], monkeypatch: Patch) -> None:
-    """All lowerings trace the same programs, which emitters only read; all comparisons have the same PyTorch side."""
-
-    def remember(owner: Any, name: str, key: Callable[..., Any]) -> None:
-        right = getattr(owner, name)
-
-        def found(*inputs: Any, **options: Any) -> Any:
-            place = name, key(*inputs, **options)
-            if place not in known:
-                known[place] = right(*inputs, **options)
-            return known[place]
-
-        monkeypatch.setattr(owner, name, found)
-
-    for name in ("trace_decoder", "trace_vision"):
-        remember(trace, name, lambda config, *sizes, **options: (config, sizes, str(options)))
-    remember(reference, "own_sequence", lambda given, rows, *_: (id(given.checkpoint), len(rows)))
-    remember(reference, "own_vision", lambda given, image: (id(given.checkpoint), image.shape))
 
 
 def build(checkpoint: MemoryCheckpoint, folder: Path, recipe: Recipe, *, vision: bool, **limits: Any) -> Any:

@@ -2,22 +2,19 @@
 
 A fault replaces an emitter of the table, a function of the target or what the host feeds; nothing else differs
 from the build that passes in `test_the_right_lowering_passes`. What a fault cannot touch is done once for all of
-them: tracing, and the serialiser's look-ups of type hints (together most of the time of a small lowering).
+them.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from executorch.exir._serialize import _dataclass
 
 from export.checkpoint import weights as weights_module
-from export.model import trace
 from export.quantize.recipe import Recipe, load_recipe
 from export.validate.case import Case, Rung
 from export.validate.ladder import l2, l3
@@ -30,7 +27,7 @@ from targets.to_executorch.pack import WeightTable
 from targets.to_executorch.program import Method
 from targets.to_executorch.session import ExecuTorchSession
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "traced_once", "judged_once", "compared_once", "hints_once")
 
 NAME = "executorch"
 LENGTHS = (16,)
@@ -44,29 +41,6 @@ def model() -> MemoryCheckpoint:
         if "conv1d" in name:
             tensor[:128] *= 5e-3
     return checkpoint
-
-
-@pytest.fixture(scope="module")
-def traces() -> dict[Any, Any]:
-    return {}
-
-
-@pytest.fixture(autouse=True)
-def quick(traces: dict[Any, Any], monkeypatch: Patch) -> None:
-    """All lowerings of this file trace the same programs; emitters only read them."""
-
-    def once(right: Callable[..., Any]) -> Callable[..., Any]:
-        def traced(config: Any, *sizes: int, **options: Any) -> Any:
-            key = (right, sizes)
-            if key not in traces:
-                traces[key] = right(config, *sizes, **options)
-            return traces[key]
-
-        return traced
-
-    for name in ("trace_decoder", "trace_vision"):
-        monkeypatch.setattr(trace, name, once(getattr(trace, name)))
-    monkeypatch.setattr(_dataclass, "get_type_hints", functools.cache(_dataclass.get_type_hints))
 
 
 def make_case(checkpoint: MemoryCheckpoint, folder: Path, recipe: Recipe) -> Case:

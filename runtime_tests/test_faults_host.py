@@ -18,6 +18,8 @@ from runtime_tests.faults import Patch, Patcher, host, zeroed
 from targets import load_target
 from targets.to_onnx.session import OnnxSession
 
+pytestmark = pytest.mark.usefixtures("traced_once", "judged_once")
+
 
 @pytest.fixture(scope="module")
 def model() -> MemoryCheckpoint:

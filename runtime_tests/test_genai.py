@@ -13,6 +13,8 @@ from export.chat.conversation import Contract, Conversation
 from export.chat.template import load_tokenizer, render
 from targets import load_target
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 og = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai has no wheel for this platform")
 PROMPTS = ["What is 12+30?", "Keep a=12 B=34 c=56 D=78 e=90. What is B?", "Hello"]
 

@@ -18,6 +18,8 @@ from export.validate.ladder import l2
 from runtime_tests.conftest import VARIANTS, MemoryCheckpoint, build, climb_l1, variant
 from targets import load_target
 
+pytestmark = pytest.mark.usefixtures("traced_once", "compared_once")
+
 
 def test_l1_holds_for_every_config(checkpoint: Any, tmp_path: Path) -> None:
     rung = climb_l1(checkpoint, tmp_path)

@@ -16,11 +16,12 @@ import pytest
 
 from export.__main__ import main
 from export.bundle.reader import Bundle
+from runtime_tests.once import Memory
 from targets import load_target
 from targets.to_onnx import graph, operators
 from targets.to_onnx.session import OnnxSession
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "traced_once", "judged_once", "compared_once")
 
 MEASURED = {"latency.json", "report.html", "README.md", "parity.json", "manifest.json"}
 EXPORT = ["--target", "onnx", "--size", "tiny", "--checkpoint", "random", "--num-layers", "4", "--quiet"]
@@ -41,7 +42,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_two_exports_are_byte_identical(plain: Path, tmp_path: Path) -> None:
+def test_two_exports_are_byte_identical(plain: Path, memory: Memory, tmp_path: Path) -> None:
+    memory.forget()
     assert export(tmp_path / "again", "--skip-validation") == 0
     assert contents(plain) == contents(tmp_path / "again")
 
@@ -63,7 +65,7 @@ def test_manifest_holds_the_contract(plain: Path) -> None:
 
 @pytest.mark.parametrize("after", [1, 7, 30])
 def test_an_interrupted_export_resumes_to_the_same_bytes(
-    after: int, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: int, plain: Path, memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, write = tmp_path / "bundle", graph.WeightFile.write
     written: list[str] = []
@@ -85,6 +87,7 @@ def test_an_interrupted_export_resumes_to_the_same_bytes(
         return write(self, key, dtype, pieces)
 
     monkeypatch.setattr(graph.WeightFile, "write", counted)
+    memory.forget()
     assert export(output, "--skip-validation", "--resume") == 0
     assert not set(again) & set(written), "finished tensors are not written twice"
     assert contents(output) == contents(plain)

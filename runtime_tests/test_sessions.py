@@ -15,6 +15,8 @@ from runtime_tests.conftest import CONTEXT, build
 from targets import TARGETS, load_target
 from targets.contract import CallError
 
+pytestmark = pytest.mark.usefixtures("hints_once", "traced_once")
+
 Built = tuple[str, Path, dict[str, Any]]
 
 

@@ -22,6 +22,8 @@ from targets import load_target
 from targets.to_executorch import operators, runtime, text_runner
 from targets.to_executorch.stored import Pte
 
+pytestmark = pytest.mark.usefixtures("hints_once", "traced_once", "judged_once")
+
 PROMPTS = ["What is 12+30?", "Keep a=12 B=34 c=56 D=78 e=90. What is B?"]
 NEW_TOKENS = 12
 

@@ -20,9 +20,12 @@ from export.model.session import Model, TorchSession
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import load_recipe
 from export.validate import task
+from runtime_tests.once import Memory
 from targets import load_target
 from targets.base import Job
 from targets.to_executorch import file, lower
+
+pytestmark = pytest.mark.usefixtures("hints_once", "traced_once")
 
 TINY = Path(__file__).parents[1] / "checkpoints" / "tiny"
 WORDS = ["--target", "executorch", "--size", "tiny", "--quiet"]
@@ -114,7 +117,8 @@ class Stop(Exception):
     """What an interrupt does to a lowering."""
 
 
-def lowered(folder: Path, resume: bool = False) -> dict[str, bytes]:
+def lowered(folder: Path, memory: Memory, resume: bool = False) -> dict[str, bytes]:
+    memory.forget()
     checkpoint = FolderCheckpoint(TINY)
     config = checkpoint.model_config.truncated(4)
     quantizer = Quantizer(Weights(checkpoint, config), load_recipe("int4"))
@@ -123,9 +127,11 @@ def lowered(folder: Path, resume: bool = False) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".journal"}
 
 
-def test_an_interrupted_lowering_resumes_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = lowered(tmp_path / "whole")
-    assert lowered(tmp_path / "again") == whole
+def test_an_interrupted_lowering_resumes_to_the_same_bytes(
+    memory: Memory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = lowered(tmp_path / "whole", memory)
+    assert lowered(tmp_path / "again", memory) == whole
     right, left = file._stream, 9
     streamed: list[str] = []
 
@@ -137,7 +143,7 @@ def test_an_interrupted_lowering_resumes_to_the_same_bytes(tmp_path: Path, monke
 
     monkeypatch.setattr(file, "_stream", interrupted)
     with pytest.raises(Stop):
-        lowered(tmp_path / "part")
+        lowered(tmp_path / "part", memory)
     with open(tmp_path / "part" / "decoder.journal", "a") as journal:
         journal.write('{"name": "cut of')  # the interrupt came in the middle of a line
 
@@ -148,7 +154,7 @@ def test_an_interrupted_lowering_resumes_to_the_same_bytes(tmp_path: Path, monke
     done = set(streamed)
     streamed.clear()
     monkeypatch.setattr(file, "_stream", counting)
-    assert lowered(tmp_path / "part", resume=True) == whole
+    assert lowered(tmp_path / "part", memory, resume=True) == whole
     decoder = streamed[: next(i for i, name in enumerate(streamed) if name.startswith("vision."))]
     assert not done & {name for name in decoder if not name.startswith("small:")}, "written once is enough"
 
