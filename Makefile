@@ -20,7 +20,7 @@ demo: $(SETUP)
 	@echo "report:   $(BUNDLE)/report.html"
 
 test: lint
-	$(PYTHON) -m pytest -m "not slow" -n 2 --dist loadfile
+	$(PYTHON) -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-full: lint
 	$(PYTHON) -m pytest

@@ -17,7 +17,7 @@ from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
-from export.validate import reference
+from export.validate import latency, reference
 from export.validate.case import Rung, make_plan
 from export.validate.lowered import compare_files
 from export.validate.probe import make_probe
@@ -29,6 +29,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Two workers share the processors: threads of torch's own would wait for each other, in child processes too.
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+    def pytest_runtest_call() -> None:
+        """An export without --threads takes all processors, and leaves them to the tests behind it."""
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +82,12 @@ def hints_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_dataclass, "get_type_hints", functools.cache(_dataclass.get_type_hints))
         yield
+
+
+@pytest.fixture
+def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bandwidth of memory is read over 16 MiB, for tests that ask nothing of it: 2 GiB take seconds to fill."""
+    monkeypatch.setattr(latency, "BUFFER_BYTES", 2**24)
 
 
 BASE: dict[str, Any] = {

@@ -105,4 +105,4 @@ def digest(value: Any) -> Any:
     """A key of the same content: that of arrays is short."""
     if isinstance(value, np.ndarray):
         return value.shape, str(value.dtype), hashlib.sha256(value.tobytes()).hexdigest()
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(map(digest, value)) if isinstance(value, list) else value

@@ -129,6 +129,7 @@ def test_any_other_failure_leaves_nothing_and_keeps_the_old_bundle(
     assert contents(tmp_path / "b") == contents(plain)
 
 
+@pytest.mark.usefixtures("small_buffer")
 def test_a_failed_gate_rejects_the_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +150,7 @@ def test_a_failed_gate_rejects_the_bundle(
     assert "L1.states is" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("small_buffer")
 def test_infinite_logits_are_rejected_with_evidence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,12 +198,14 @@ def test_termination_is_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [p.name for p in tmp_path.iterdir()] == ["b.partial"]
 
 
+@pytest.mark.usefixtures("small_buffer")
 @pytest.mark.parametrize("more", [("--context-length", "4", "--prefill-lengths", "2"), ("--num-layers", "1")])
 def test_the_smallest_exports_are_validated(more: tuple[str, ...], tmp_path: Path) -> None:
     assert export(tmp_path / "b", "--no-vision", *more) == 0
     assert Bundle.open(tmp_path / "b").manifest["status"] == "validated"
 
 
+@pytest.mark.usefixtures("small_buffer")
 def test_run_and_bench_refuse_a_tampered_bundle(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,6 +240,7 @@ def test_reports_stay_out_of_the_bundle(plain: Path, tmp_path: Path, capsys: pyt
     assert "there is no folder" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("small_buffer")
 def test_a_validated_export_passes_and_validates_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

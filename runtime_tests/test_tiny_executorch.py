@@ -75,8 +75,9 @@ def test_conversations_of_three_turns_are_those_of_pytorch(number: int, fp32: Bu
     bundle.close()
 
 
+@pytest.mark.usefixtures("small_buffer")
 def test_int4_passes_every_gate(tmp_path: Path) -> None:
-    assert main([*WORDS, "--recipe", "int4", "-o", str(tmp_path / "bundle")]) == 0
+    assert main([*WORDS, "--threads", "1", "--recipe", "int4", "-o", str(tmp_path / "bundle")]) == 0
     report = json.loads((tmp_path / "bundle" / "parity.json").read_text())
     checks = {c["name"]: c for rung in report["rungs"].values() for c in rung["checks"]}
     assert report["passed"]
