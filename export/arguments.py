@@ -265,7 +265,7 @@ def spec_from(options: argparse.Namespace) -> ExportSpec:
     spec = ExportSpec(
         target=options.target,
         size=options.size,
-        base=options.base,
+        base=options.base or options.checkpoint in {row.base_hub_id for row in SIZES.values() if row.base_hub_id},
         checkpoint=options.checkpoint,
         revision=options.revision,
         adapter=options.adapter,

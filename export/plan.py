@@ -112,6 +112,9 @@ def make(spec: ExportSpec) -> Plan:
         count = config.text.vocab_size * config.text.hidden_size
         weights += stored_bytes(count, recipe.roles["embedding"], replace(able, scale_bytes=4))
     images = spec.image_sizes if config.vision is not None else ()
+    if not spec.skip_validation:
+        whole = 4 * sum(map(math.prod, shapes.values()))
+        notes += (f"L0 also runs transformers' whole model, if its {_size(whole)} of weights fit in free memory",)
     if spec.output.exists() and not spec.overwrite:
         notes += (f"{spec.output} exists: the export will need --overwrite or another -o",)
     return Plan(

@@ -147,6 +147,17 @@ def sharded(count: int, *, index: bool = True, edit: Callable[[dict[str, str]], 
     return change
 
 
+def pruned(folder: Path) -> None:
+    """The first four of eight layers, as depth pruning leaves them."""
+    edit_weights(folder, lambda t: {n: v for n, v in t.items() if not any(f"layers.{i}." in n for i in range(4, 8))})
+
+    def cut(document: dict[str, Any]) -> None:
+        text = document["text_config"]
+        text |= {"num_hidden_layers": 4, "layer_types": text["layer_types"][:4]}
+
+    edit_json(folder / "config.json", cut)
+
+
 def extra(**tensors: torch.Tensor) -> Form:
     """Tensors that a tool wrote beside the model's; double underscores stand for dots."""
     named = {name.replace("__", "."): value for name, value in tensors.items()}
@@ -239,6 +250,7 @@ FORMS: dict[str, Form] = {
     "449 rows": resized(449),
     "413 rows": resized(413),
     "412 rows": resized(412),
+    "pruned depth": pruned,
     "one shard": sharded(1),
     "three shards": sharded(3),
     "index with tensors that are gone": sharded(2, edit=lambda m: m.update({"mtp.norm.weight": m[EMBEDDING]})),

@@ -364,3 +364,30 @@ def test_peak_memory_sees_what_a_stage_held() -> None:
         del block
     before, large = (stage.peak_bytes for stage in reporter.stages)
     assert large - before > 150 * 2**20
+
+
+def test_relatives_of_the_family_go_by_a_name_of_their_own(tmp_path: Path) -> None:
+    """The 27B, whose config only is needed: its width, depth and heads are in no table of this project."""
+    config = json.loads(json.dumps(SIZES["9b"].config))
+    config["text_config"] |= {
+        "hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 64, "num_attention_heads": 24,
+        "linear_num_value_heads": 48, "layer_types": None,
+    }  # fmt: skip
+    config["vision_config"]["out_hidden_size"] = 5120
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    made = plan.make(spec_of(f"--target onnx --checkpoint {tmp_path}"))
+    assert made.name == "qwen3.5-custom-onnx-int4" and made.num_layers == 64
+    assert made.num_parameters == pytest.approx(27e9, rel=0.03)
+    assert plan.make(spec_of(f"{ONNX} 27b --checkpoint {tmp_path}")).name == "qwen3.5-27b-onnx-int4"
+    with pytest.raises(UsageError, match=r"--size 9b: .*hidden_size 5120, 9b has 4096; .*called custom\), or give it"):
+        plan.make(spec_of(f"{ONNX} 9b --checkpoint {tmp_path}"))
+    with pytest.raises(UsageError, match=r"--size 27B!: a size's name has small letters, digits, dots and dashes"):
+        spec_of(f"{ONNX} 27B! --checkpoint {tmp_path}")
+
+
+def test_the_size_of_a_published_hub_id_is_known_and_of_another_one_asked_for() -> None:
+    assert spec_of("--target onnx --checkpoint Qwen/Qwen3.5-4B").size == "4b"
+    assert spec_of("--target onnx --checkpoint Qwen/Qwen3.5-0.8B-Base").name == "qwen3.5-0.8b-base-onnx-int4"
+    with pytest.raises(UsageError, match=r"--size is missing: what me/tuned holds is only known after its download"):
+        spec_of("--target onnx --checkpoint me/tuned")
+    assert spec_of(f"{ONNX} custom --checkpoint me/tuned").size == "custom"

@@ -564,6 +564,14 @@ def test_a_checkpoint_of_another_size_is_refused_with_field_and_remedy() -> None
     check_size("0.8b", resized)
 
 
+def test_a_damaged_encoder_is_left_out_on_request(tmp_path: Path, tensors: Tensors) -> None:
+    lost = "model.visual.blocks.0.attn.proj.bias"
+    write(tmp_path, _without(tensors, lost))
+    with pytest.raises(CheckpointError, match=rf"lacks {lost}; .*or leave the vision encoder out with --no-vision"):
+        open_checkpoint(ExportSpec("onnx", CUSTOM, checkpoint=str(tmp_path)))
+    assert open_checkpoint(ExportSpec("onnx", CUSTOM, checkpoint=str(tmp_path), vision=False)).notices == []
+
+
 def test_opening_checks_the_size_of_a_folder(tmp_path: Path, tensors: Tensors) -> None:
     write(tmp_path, tensors)
     assert open_checkpoint(ExportSpec("onnx", CUSTOM, checkpoint=str(tmp_path))).source["id"] == tmp_path.name

@@ -28,6 +28,7 @@ from export.chat.template import load_tokenizer
 from export.checkpoint import open_checkpoint
 from export.checkpoint.names import expected
 from export.progress import Reporter
+from export.spec import ExportSpec
 from export.validate.transformers_model import quiet, token_kinds
 from runtime_tests.forms import FORMS, OURS_ALONE, REFUSED, copy_tiny
 from targets import TARGETS, load_target
@@ -64,16 +65,9 @@ def sequence(messages: list[dict[str, Any]], tokenizer: Any, rows: int) -> list[
     return ids
 
 
-@torch.inference_mode()
-def transformers_answers(folder: Path, *, sees: bool = True) -> list[list[int]]:
-    """Greedy answers of transformers' own model, tokenizer and image processor over the folder; no cache, no limits."""
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoTokenizer,
-        Qwen2VLImageProcessorPil,
-        Qwen3_5ForConditionalGeneration,
-    )
+def transformers_model(folder: Path) -> Any:
+    """transformers' own model of the folder, cut to LAYERS layers, in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
 
     with quiet():
         config = AutoConfig.from_pretrained(folder)
@@ -81,7 +75,20 @@ def transformers_answers(folder: Path, *, sees: bool = True) -> list[list[int]]:
         text = config.text_config if whole else config
         text.num_hidden_layers, text.layer_types = LAYERS, text.layer_types[:LAYERS]
         kind: Any = Qwen3_5ForConditionalGeneration if whole else AutoModelForCausalLM
-        model = kind.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+        return kind.from_pretrained(folder, config=config, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def transformers_answers(folder: Path, *, sees: bool = True, adapter: Path | None = None) -> list[list[int]]:
+    """Greedy answers of transformers' own model, tokenizer and image processor over the folder; no cache, no limits."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+
+    model = transformers_model(folder)
+    image_token_id = getattr(model.config, "image_token_id", -1)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    with quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder)
         processor = Qwen2VLImageProcessorPil.from_pretrained(folder) if sees else None
 
@@ -89,7 +96,7 @@ def transformers_answers(folder: Path, *, sees: bool = True) -> list[list[int]]:
         new: list[int] = []
         while len(new) < TOKENS:
             tokens = torch.tensor([[*ids, *new]])
-            more = {**inputs, "mm_token_type_ids": token_kinds(tokens, config.image_token_id)} if inputs else {}
+            more = {**inputs, "mm_token_type_ids": token_kinds(tokens, image_token_id)} if inputs else {}
             new.append(int(model(input_ids=tokens, **more).logits[0, -1].argmax()))
         return new
 
@@ -116,21 +123,23 @@ class Exports:
         self.place = place
         self.known: dict[tuple[str, str], Built] = {}
 
-    def answers(self, folder: Path, target: str) -> Built:
-        key = (target, self._digest(folder, target))
+    def answers(self, folder: Path, target: str, *more: str) -> Built:
+        spec = self._spec(folder, target, *more)
+        key = (target, self._digest(spec, folder))
         if key not in self.known:
-            self.known[key] = self._build(folder, target)
+            self.known[key] = self._build(spec)
         return self.known[key]
 
-    def _spec(self, folder: Path, target: str) -> Any:
+    def _spec(self, folder: Path, target: str, *more: str) -> ExportSpec:
         words = f"--target {target} --recipe fp32 --num-layers {LAYERS} --context-length 64 --prefill-lengths 32"
         words += " --image-sizes 64x96 --skip-validation --threads 1"
-        options = build_parser().parse_args([*words.split(), "--checkpoint", str(folder)])
+        options = build_parser().parse_args([*words.split(), "--checkpoint", str(folder), *more])
         return replace(spec_from(options), output=self.place / f"{target}-{len(self.known)}")
 
-    def _digest(self, folder: Path, target: str) -> str:
-        checkpoint = open_checkpoint(self._spec(folder, target))
+    def _digest(self, spec: ExportSpec, folder: Path) -> str:
+        checkpoint = open_checkpoint(spec)
         digest = hashlib.sha256(repr(checkpoint.model_config).encode())
+        digest.update(spec.size.encode())
         for name in sorted(expected(checkpoint.model_config)):
             digest.update(name.encode())
             digest.update(checkpoint.read(name).numpy().tobytes())
@@ -140,12 +149,11 @@ class Exports:
         digest.update(repr([checkpoint.config.get(n) for n in ("video_token_id", "eos_token_id")]).encode())
         return digest.hexdigest()
 
-    def _build(self, folder: Path, target: str) -> Built:
-        spec = self._spec(folder, target)
+    def _build(self, spec: ExportSpec) -> Built:
         path = pipeline.run(spec, Reporter(quiet=True)).path
         bundle = Bundle.open(path)
         tokenizer = load_tokenizer(path)
-        with closing(load_target(target).open(path, bundle.manifest, 1)) as session:
+        with closing(load_target(spec.target).open(path, bundle.manifest, 1)) as session:
             conversation = Conversation(session, replace(Contract.of(bundle.manifest), stop_token_ids=()))
             answers = [Chat(conversation, tokenizer).answer(TEXT, max_new_tokens=TOKENS)[1]]
             if bundle.manifest["image_sizes"]:
@@ -176,9 +184,31 @@ def test_every_form_answers_as_transformers_does_on_every_target(
         built = exports.answers(folder, target)
         assert built.answers == truth, target
         assert built.manifest["tokenizer"]["stop_token_ids"] == [394, 392]
+        assert built.manifest["model"]["size"] == ("custom" if form == "pruned depth" else "tiny")
         assert bool(built.manifest["image_sizes"]) == (form not in TEXT_ONLY)
         rows = {"449 rows": 449, "413 rows": 413, "412 rows": 412}.get(form, 448)
         assert (built.manifest["model"]["vocab_size"], built.manifest["tokenizer"]["num_tokens"]) == (rows, 412)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_adapter_answers_as_peft_does(target: str, exports: Exports, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    folder, adapter = copy_tiny(tmp_path / "checkpoint"), tmp_path / "adapter"
+    torch.manual_seed(7)
+    modules = ["q_proj", "o_proj", "up_proj", "in_proj_qkv", "linear_fc1"]
+    trained = get_peft_model(
+        transformers_model(folder), LoraConfig(r=4, lora_alpha=16, use_rslora=True, target_modules=modules)
+    )
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    trained.save_pretrained(str(adapter))
+    truth = transformers_answers(folder, adapter=adapter)
+    assert truth != transformers_answers(folder), "the adapter changes what is answered"
+    built = exports.answers(folder, target, "--adapter", str(adapter))
+    assert built.answers == truth
+    assert built.manifest["model"]["source"]["adapter"] == "adapter"
 
 
 def test_forms_that_are_other_models_answer_otherwise(exports: Exports, tmp_path: Path) -> None:
