@@ -265,7 +265,7 @@ def spec_from(options: argparse.Namespace) -> ExportSpec:
     spec = ExportSpec(
         target=options.target,
         size=options.size,
-        base=options.base or options.checkpoint in {row.base_hub_id for row in SIZES.values() if row.base_hub_id},
+        base=options.base or _is_base(options.checkpoint),
         checkpoint=options.checkpoint,
         revision=options.revision,
         adapter=options.adapter,
@@ -318,15 +318,16 @@ def _size(options: argparse.Namespace) -> str:
     """
     size, checkpoint = options.size, options.checkpoint
     published = {name: row.name for row in SIZES.values() for name in (row.hub_id, row.base_hub_id) if name}
-    if checkpoint in (None, "random") or checkpoint in published:
-        size = size or published.get(checkpoint)
+    known = None if checkpoint is None else checkpoint.removeprefix("modelscope:")
+    if checkpoint in (None, "random") or known in published:
+        size = size or published.get(str(known))
         _choice("--size", size, tuple(SIZES))
         return str(size)
     if size is None:
         if not is_folder(checkpoint):
             raise UsageError(
                 f"--size is missing: what {checkpoint} holds is only known after its download; give one of "
-                f"{', '.join(SIZES)}, or a name of your own such as {CUSTOM}"
+                f"{', '.join(name for name in SIZES if name != TINY)}, or a name of your own such as {CUSTOM}"
             )
         check_beside(Path(checkpoint), options.adapter)
         return size_of(read_config(Path(checkpoint)))
@@ -338,6 +339,11 @@ def _size(options: argparse.Namespace) -> str:
     return str(size)
 
 
+def _is_base(checkpoint: str | None) -> bool:
+    """Whether it is the published Base model of a size, on whatever hub."""
+    return checkpoint is not None and checkpoint.removeprefix("modelscope:") in {r.base_hub_id for r in SIZES.values()}
+
+
 def _check_source(options: argparse.Namespace) -> None:
     """Options that speak about a checkpoint of another kind would be ignored: refuse them."""
     checkpoint = options.checkpoint
@@ -345,6 +351,9 @@ def _check_source(options: argparse.Namespace) -> None:
         raise UsageError(f"--adapter {options.adapter}: random weights were never trained; leave it out")
     if options.base and options.size == TINY and checkpoint is None:
         raise UsageError("--base: the shipped tiny checkpoint has no base variant; leave out --base")
+    instruct = {row.hub_id for row in SIZES.values() if row.hub_id}
+    if options.base and checkpoint is not None and checkpoint.removeprefix("modelscope:") in instruct:
+        raise UsageError(f"--base: {checkpoint} is the instruct model; give {checkpoint}-Base, or leave out --base")
     if options.seed is not None and checkpoint != "random":
         raise UsageError(f"--seed {options.seed}: only random weights have one; add --checkpoint random")
     if options.revision is not None:

@@ -75,6 +75,7 @@ def parity_table(report: dict[str, Any]) -> str:
 def open_source(bundle: Bundle, checkpoint: str | None, adapter: str | None) -> Any:
     """The checkpoint a bundle was made from: as its manifest says, or as the user does."""
     from export.checkpoint import open_checkpoint
+    from export.checkpoint.adapter_config import NO_ADAPTER
 
     model = bundle.manifest["model"]
     source = model["source"]
@@ -85,8 +86,13 @@ def open_source(bundle: Bundle, checkpoint: str | None, adapter: str | None) -> 
         where = source["id"]
     elif where is None and not (source["kind"] == "path" and source["id"] == SHIPPED):
         raise UsageError(f"the bundle was made from the folder {source['id']!r}; give it with --checkpoint PATH")
-    if adapter is None and source.get("adapter") is not None:
-        raise UsageError(f"the adapter {source['adapter']!r} was merged into the bundle; give it with --adapter PATH")
+    if checkpoint == "random" and source["kind"] != "random":
+        raise UsageError(f"the bundle was made from {source['id']!r}, not from random weights; give that checkpoint")
+    merged = source.get("adapter")
+    if merged is not None and adapter in (None, NO_ADAPTER):
+        raise UsageError(f"the adapter {merged!r} was merged into the bundle; give it with --adapter PATH")
+    if merged is None and adapter not in (None, NO_ADAPTER):
+        raise UsageError(f"--adapter {adapter}: no adapter was merged into the bundle; leave it out")
     spec = ExportSpec(
         target=bundle.manifest["target"]["name"],
         size=model["size"] if where in (None, "random") or source["kind"] == "hub" else CUSTOM,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from export.checkpoint import is_folder
+from export.checkpoint.adapter_config import NO_ADAPTER, AdapterConfig
 from export.checkpoint.names import expected
 from export.checkpoint.published import read_config
 from export.model.config import FULL, ModelConfig
@@ -91,6 +92,9 @@ def make(spec: ExportSpec) -> Plan:
         ExportError: the spec cannot work with this config.
     """
     source, document, notes = _source(spec)
+    if spec.adapter not in (None, NO_ADAPTER):
+        adapter = AdapterConfig.read(Path(str(spec.adapter)))
+        source = f"{source} with the adapter {adapter.path.parent.name} of rank {adapter.r}"
     config = ModelConfig.from_dict(document).truncated(spec.num_layers)
     if is_folder(spec.checkpoint):
         check_size(spec.size, document)
@@ -226,7 +230,8 @@ def _source(spec: ExportSpec) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
     if spec.checkpoint is None and spec.size == TINY:
         return "the shipped tiny checkpoint", read_config(shipped_tiny()), ()
     if is_folder(spec.checkpoint):
-        return str(spec.checkpoint), read_config(Path(str(spec.checkpoint))), ()
+        note = "dimensions are those of config.json: what the weights hold is read by the export"
+        return str(spec.checkpoint), read_config(Path(str(spec.checkpoint))), (note,)
     name = spec.checkpoint or hub_id(spec.size, spec.base)
     if published is None:
         raise UsageError(f"--dry-run cannot know the size of {name} without downloading it; give a local folder")

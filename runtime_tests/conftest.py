@@ -114,7 +114,7 @@ BASE: dict[str, Any] = {
         "tie_word_embeddings": True,
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": 10000.0,
+            "rope_theta": 30000.0,  # not the default, which a reader that ignores it would take
             "partial_rotary_factor": 0.25,
             "mrope_section": [3, 3, 2],
             "mrope_interleaved": True,

@@ -170,7 +170,8 @@ def old_rope(scaling: dict[str, Any] | None) -> Form:
     def change(document: dict[str, Any]) -> None:
         text = document["text_config"]
         rope = text.pop("rope_parameters")
-        text |= {name: rope[name] for name in ("rope_theta", "partial_rotary_factor")}
+        # Not the defaults, which a reader that overlooks these places would take.
+        text |= {"rope_theta": 20000.0, "partial_rotary_factor": 0.5}
         section = {"mrope_section": rope["mrope_section"], "mrope_interleaved": True}
         text["rope_scaling"] = None if scaling is None else {**scaling, **section}
 

@@ -16,12 +16,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from export.bundle.writer import BundleWriter
+from export.chat.sidecars import write_tokenizer
 from export.checkpoint import CheckpointError
-from export.checkpoint.adapter import EMBEDDING, HEAD, AdapterCheckpoint
+from export.checkpoint.adapter import AdapterCheckpoint
 from export.checkpoint.adapter_config import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, check_beside
 from export.checkpoint.check import check
 from export.checkpoint.folder import FolderCheckpoint
-from export.checkpoint.names import canonical
+from export.checkpoint.names import EMBEDDING, HEAD, canonical
 from export.sizes import shipped_tiny
 
 TINY = shipped_tiny()
@@ -312,6 +314,33 @@ def test_tokenizer_of_the_adapter_wins(adapter: Path, base: FolderCheckpoint, tm
     checkpoint = AdapterCheckpoint(base, folder)
     assert checkpoint.sidecar("tokenizer_config.json") == folder / "tokenizer_config.json"
     assert checkpoint.sidecar("chat_template.jinja") is None, "the template of the base would be taken instead"
+
+
+MINE = "{% for m in messages %}<|im_start|>mine {{ m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize("form", ["template", "template in the config", "tokenizer alone", "end of sequence"])
+def test_what_is_written_is_what_the_adapter_brings(
+    form: str, adapter: Path, base: FolderCheckpoint, tmp_path: Path
+) -> None:
+    folder = variant_of(adapter, tmp_path / "mine")
+    settings = json.loads((TINY / "tokenizer_config.json").read_text())
+    if form == "template":
+        (folder / "chat_template.jinja").write_text(MINE)
+    elif form == "template in the config":
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": MINE}))
+    elif form == "end of sequence":
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<|object_ref_end|>"}))
+    else:
+        (folder / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
+    checkpoint = AdapterCheckpoint(base, folder)
+    with BundleWriter(tmp_path / "bundle", {}, overwrite=False, resume=False) as writer:
+        manifest = write_tokenizer(checkpoint, checkpoint.model_config, writer).manifest
+        written = (writer.path / "chat_template.jinja").read_text()
+        writer.discard()
+    theirs = (TINY / "chat_template.jinja").read_text()
+    assert written == (MINE if form.startswith("template") else theirs)
+    assert (396 in manifest["stop_token_ids"]) == (form == "end of sequence")
 
 
 FIELDS: dict[str, tuple[dict[str, Any], str]] = {

@@ -225,7 +225,7 @@ PREPROCESSOR: dict[str, tuple[dict[str, Any], str]] = {
     "strings": ({"image_std": ["a", 1, 1]}, r"has image_std \['a', 1, 1\]; it must be three numbers"),
     "truths": ({"image_std": [True, 1, 1]}, r"has image_std \[True, 1, 1\]; it must be three numbers"),
     "zero": ({"image_std": [0.5, 0, 0.5]}, r"has image_std \[0.5, 0, 0.5\]; its numbers must be above 0: take"),
-    "nan": ({"image_mean": [float("nan"), 0, 0]}, r"has image_mean \[nan, 0, 0\]; it must be three numbers"),
+    "a list": ({"do_normalize": [0]}, r"the image processor has do_normalize \[0\]; it must be true or false"),
 }
 
 

@@ -17,13 +17,18 @@ from export.chat import abilities
 from export.chat.chat_tests import chat_tests, dump_tests, tells_time
 from export.chat.stops import GENERATION, find_stops
 from export.chat.template import load_tokenizer
-from export.chat.tokenizer import CONFIG, never_sampled, read_tokenizer, real_ids, write_files
+from export.chat.tokenizer import (
+    ADDITIONAL,
+    CONFIG,
+    TEMPLATE,
+    never_sampled,
+    read_tokenizer,
+    real_ids,
+    write_files,
+)
 from export.checkpoint.base import Checkpoint, CheckpointError, read_json
 from export.model.config import ModelConfig
 
-TEMPLATE = "chat_template.jinja"
-ADDITIONAL = "additional_chat_templates"
-"""Folder of named templates, as transformers reads them: NAME.jinja."""
 LEGACY = "chat_template.json"
 PREPROCESSOR = "preprocessor_config.json"
 _GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")

@@ -6,6 +6,8 @@ tokens of tokenizer_config.json. Apps read tokenizer.json and nothing else, so t
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from export.model.config import ModelConfig
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"
+ADDITIONAL = "additional_chat_templates"
+"""Folder of named templates, as transformers reads them: NAME.jinja."""
 VOCABULARY = ("vocab.json", "merges.txt")
 """What tokenizer.json is made of where it is absent."""
 JSON_FILES = (TOKENIZER, CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json")
@@ -40,21 +45,38 @@ def read_tokenizer(checkpoint: Checkpoint) -> Any | None:
     Raises:
         CheckpointError: damaged files, or files that do not make a tokenizer.
     """
-    from transformers import AutoConfig, AutoTokenizer, Qwen3_5Tokenizer
-
-    folder = tokenizer_folder(checkpoint)
-    if folder is None:
+    origin = tokenizer_folder(checkpoint)
+    if origin is None:
         return None
     for name in JSON_FILES:
         path = checkpoint.sidecar(name)
         if path is not None:
             read_json(path)
+    with tempfile.TemporaryDirectory() as temporary:
+        return _load(checkpoint, _gather(checkpoint, origin, Path(temporary)), origin)
+
+
+def _gather(checkpoint: Checkpoint, origin: Path, place: Path) -> Path:
+    """Copy the tokenizer's files into one folder: those of an adapter lie in its own and in its base's."""
+    for name in (*JSON_FILES, "merges.txt", TEMPLATE):
+        path = checkpoint.sidecar(name)
+        if path is not None:
+            shutil.copyfile(path, place / name)
+    if (origin / ADDITIONAL).is_dir():
+        shutil.copytree(origin / ADDITIONAL, place / ADDITIONAL)
+    return place
+
+
+def _load(checkpoint: Checkpoint, folder: Path, origin: Path) -> Any:
+    """transformers' tokenizer of gathered files; `origin` is what messages name."""
+    from transformers import AutoConfig, AutoTokenizer, Qwen3_5Tokenizer
+
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if checkpoint.sidecar(TOKENIZER) is None:
         # Qwen3_5Tokenizer takes these files but its from_pretrained does not look for them by these names.
         vocab, merges = (str(folder / name) for name in VOCABULARY)
         return guarded(
-            folder, lambda: Qwen3_5Tokenizer.from_pretrained(folder, vocab_file=vocab, merges_file=merges, **options)
+            origin, lambda: Qwen3_5Tokenizer.from_pretrained(folder, vocab_file=vocab, merges_file=merges, **options)
         )
 
     def load() -> Any:
@@ -65,7 +87,7 @@ def read_tokenizer(checkpoint: Checkpoint) -> Any | None:
         config.tokenizer_class = stored.get("tokenizer_class")
         return AutoTokenizer.from_pretrained(folder, config=config, **options)
 
-    return guarded(folder, load)
+    return guarded(origin, load)
 
 
 def write_files(tokenizer: Any, checkpoint: Checkpoint, writer: BundleWriter) -> list[str]:

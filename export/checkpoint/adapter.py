@@ -28,12 +28,10 @@ from export.checkpoint.base import (
     check_range,
     read_json,
 )
-from export.checkpoint.names import WRAPPERS, canonical
+from export.checkpoint.names import EMBEDDING, HEAD, WRAPPERS, canonical
 from export.checkpoint.safetensors import Entry, read_header, read_rows
 from export.model.config import ModelConfig
 
-EMBEDDING = "model.language_model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 _CONVOLUTION = ".linear_attn.conv1d.weight"
 
 _FACTOR = re.compile(r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
@@ -42,7 +40,7 @@ _COPY = re.compile(r"\.(modules_to_save|original_module)\.")
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _VOCABULARY = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
-_IDENTITY = ("*.json", "*.safetensors", "*.jinja", "*.txt")
+_IDENTITY = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*/*.jinja")
 
 
 @dataclass(frozen=True)

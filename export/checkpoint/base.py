@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         if text.startswith("\ufeff"):  # transformers does not read such a file either
             raise CheckpointError(f"{path} begins with a byte order mark, which JSON has not; save it as plain UTF-8")
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_number)
     except FileNotFoundError:
         raise CheckpointError(
             f"{path.parent} has no {path.name}; give the folder of a complete Qwen3.5 checkpoint"
@@ -99,6 +99,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; it must be a JSON object")
     return value
+
+
+def _no_number(constant: str) -> None:
+    """Python writes and reads NaN and Infinity; no bundle may carry them on, because other readers stop there."""
+    raise ValueError(f"it holds {constant}, which JSON has not")
 
 
 def block_rows(shape: tuple[int, ...]) -> int:

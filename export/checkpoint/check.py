@@ -124,4 +124,4 @@ def _is_zero_bias(checkpoint: Checkpoint, name: str, wanted: dict[str, tuple[int
 
 def _listed(names: list[str]) -> str:
     rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + rest
+    return ", ".join(name if name.isprintable() and name else ascii(name) for name in names[:3]) + rest

@@ -16,7 +16,7 @@ from export.checkpoint.safetensors import Entry, check_dtype, read_rows, read_st
 from export.checkpoint.shards import find_tensors
 from export.model.config import ModelConfig
 
-_IDENTITY = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*/*.jinja")
+_IDENTITY = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*/*.jinja", "README.md")
 
 
 class FolderCheckpoint:
@@ -51,6 +51,8 @@ class FolderCheckpoint:
             self.notices.append(
                 "config.json describes a vision encoder but the weights hold none: the bundle will answer text only"
             )
+        elif self.model_config.vision is None:
+            self.notices.append("the checkpoint is a text decoder alone: the bundle will answer text only")
 
     def sidecar(self, name: str) -> Path | None:
         """Path of the file `name` in the folder, or None."""

@@ -19,9 +19,10 @@ FULL = "full_attention"
 MAX_DIMENSION = 2**31 - 1
 """Runtimes index with int32."""
 MAX_LAYERS = 1024
-PUBLISHED_SCALE = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+Scale = tuple[tuple[float, ...], tuple[float, ...]]
+PUBLISHED_SCALE: Scale = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """Mean and std of the published image processors, for weights that come without one."""
-CLIP_SCALE = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+CLIP_SCALE: Scale = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """What transformers' image processor takes where its settings leave them out."""
 DEFAULT_THETA = 10000.0
 """transformers' base of rotary embedding where config.json names none."""
@@ -132,9 +133,9 @@ class ModelConfig:
         text = _text(top.section("text_config"), top.flag("tie_word_embeddings", False))
         vision = None
         if config.get("vision_config") not in (None, {}):
-            given = {name: value for name, value in (preprocessor or {}).items() if value is not None}
-            pictures = _Section(given, "", "the image processor")
-            vision = _vision(top.section("vision_config"), pictures)
+            defaults = PUBLISHED_SCALE if preprocessor is None else CLIP_SCALE
+            pictures = _Section(preprocessor or {}, "", "the image processor")
+            vision = _vision(top.section("vision_config"), pictures, defaults)
             if vision.out_hidden_size != text.hidden_size:
                 raise ConfigError(
                     f"config.json has vision out_hidden_size {vision.out_hidden_size} but text hidden_size "
@@ -327,7 +328,7 @@ def _rope(section: _Section) -> _Section:
     """
     name = "rope_scaling" if section.values.get("rope_scaling") else "rope_parameters"
     rope = section.optional(name)
-    kind = rope.values.get("rope_type") or rope.values.get("type") or "default"
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     nested = [key for key in (LINEAR, FULL) if key in rope.values]
     if nested:
         raise ConfigError(
@@ -382,10 +383,10 @@ _PATCHES = (
 )
 
 
-def _vision(section: _Section, preprocessor: _Section) -> VisionConfig:
+def _vision(section: _Section, preprocessor: _Section, defaults: Scale) -> VisionConfig:
     section.require("hidden_act", "gelu_pytorch_tanh")
     section.require("in_channels", 3)
-    mean, std = _pixel_scale(preprocessor)
+    mean, std = _pixel_scale(preprocessor, defaults)
     vision = VisionConfig(
         depth=section.integer("depth", most=MAX_LAYERS),
         hidden_size=section.integer("hidden_size"),
@@ -420,13 +421,12 @@ def _vision(section: _Section, preprocessor: _Section) -> VisionConfig:
     return vision
 
 
-def _pixel_scale(preprocessor: _Section) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _pixel_scale(preprocessor: _Section, defaults: Scale) -> Scale:
     """Mean and std that take a picture in 0…1 to what the image processor makes of its bytes.
 
     The processor multiplies bytes by `rescale_factor` (1/255) unless do_rescale is false, then subtracts the mean and
     divides by the std unless do_normalize is false; all of it is one scale and one shift of each channel.
     """
-    defaults = CLIP_SCALE if preprocessor.values else PUBLISHED_SCALE
     mean = preprocessor.channels("image_mean", defaults[0])
     std = preprocessor.channels("image_std", defaults[1], above=0)
     if not preprocessor.flag("do_normalize", True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,22 @@ def quiet() -> Iterator[None]:
         finally:
             if shown:
                 bars.enable_progress_bar()
+
+
+@contextmanager
+def without_deprecations() -> Iterator[None]:
+    """transformers 5.24 renames an argument of its layers that 5.23 only knows by the old name: no news for users."""
+    from transformers.utils import logging
+
+    logger = logging.get_logger("transformers.utils.deprecation")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*past_key_values", category=FutureWarning)
+        logger.setLevel("ERROR")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 @contextmanager
