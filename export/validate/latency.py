@@ -21,7 +21,7 @@ from export.chat.conversation import chunks
 from export.checkpoint.base import Checkpoint
 from export.model.config import FULL, ModelConfig
 from export.model.state import cache_rows
-from export.validate.transformers_model import hf_config, on_meta
+from export.validate.transformers_model import hf_config, on_meta, without_deprecations
 
 BUFFER_BYTES = 2**30
 WARMUP_STEPS = 4
@@ -159,6 +159,7 @@ def cache_row_bytes(manifest: dict[str, Any]) -> int:
     return total
 
 
+@without_deprecations()
 def measure_reference(
     checkpoint: Checkpoint, config: ModelConfig, threads: int, prompt_tokens: int, runs: int, steps: int
 ) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from export.model.config import FULL, ModelConfig
 from export.model.decoder import Decoder
 from export.model.operators import ops
 from export.model.vision import VisionEncoder
-from export.validate.transformers_model import head_tensor, hf_config, on_meta, pixels
+from export.validate.transformers_model import head_tensor, hf_config, on_meta, pixels, without_deprecations
 
 HEAD_ROWS = 16384
 Arrays = dict[str, NDArray[Any]]
@@ -77,6 +77,7 @@ def hf_vision(
     return results
 
 
+@without_deprecations()
 @torch.inference_mode()
 def hf_sequence(
     checkpoint: Checkpoint,

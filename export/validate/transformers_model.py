@@ -57,11 +57,11 @@ def without_deprecations() -> Iterator[None]:
     """transformers 5.24 renames an argument of its layers that 5.23 only knows by the old name: no news for users."""
     from transformers.utils import logging
 
-    logger = logging.get_logger("transformers.utils.deprecation")
+    logger = logging.get_logger("transformers.utils.generic")
     level = logger.level
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*past_key_values", category=FutureWarning)
-        logger.setLevel("ERROR")
+        logger.setLevel(40)  # ERROR
         try:
             yield
         finally:
@@ -291,6 +291,7 @@ def bytes_needed(checkpoint: Checkpoint, config: ModelConfig, tokens: int) -> in
     return 4 * (sum(sizes) + max(sizes) + tokens * config.text.vocab_size) + SPARE_BYTES
 
 
+@without_deprecations()
 @torch.inference_mode()
 def whole_model(
     checkpoint: Checkpoint, config: ModelConfig, ids: Sequence[int], images: Sequence[NDArray[Any]]
