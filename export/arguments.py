@@ -16,7 +16,7 @@ from typing import NoReturn
 from export.checkpoint import is_folder
 from export.checkpoint.adapter_config import check_beside
 from export.checkpoint.published import read_config
-from export.sizes import CUSTOM, NAME, SIZES, TINY, size_of
+from export.sizes import CUSTOM, SIZES, TINY, check_name, size_of
 from export.spec import ExportSpec, UsageError
 from targets import TARGETS
 
@@ -331,11 +331,7 @@ def _size(options: argparse.Namespace) -> str:
             )
         check_beside(Path(checkpoint), options.adapter)
         return size_of(read_config(Path(checkpoint)))
-    if not NAME.fullmatch(size):
-        raise UsageError(
-            f"--size {size}: a size's name has small letters, digits, dots and dashes; choose from {', '.join(SIZES)}, "
-            f"or such as {CUSTOM}"
-        )
+    check_name(size)
     return str(size)
 
 

@@ -199,17 +199,26 @@ def shipped_tiny() -> Path:
     )
 
 
-def check_size(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose dimensions are not those of a published size that it is called; other names are free.
+def check_name(name: str) -> None:
+    """Refuse a name that no manifest could hold.
 
     Raises:
-        UsageError: naming the first field that differs, its value and the expected one, or a name of the wrong form.
+        UsageError: naming the rule.
     """
     if not NAME.fullmatch(name):
         raise UsageError(
             f"--size {name}: a size's name has small letters, digits, dots and dashes; choose from {', '.join(SIZES)}, "
             f"or such as {CUSTOM}"
         )
+
+
+def check_size(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose dimensions are not those of a published size that it is called; other names are free.
+
+    Raises:
+        UsageError: naming the first field that differs, its value and the expected one, or a name of the wrong form.
+    """
+    check_name(name)
     if name not in SIZES:
         return
     expected, found = _dimensions(name), _text_config(config)

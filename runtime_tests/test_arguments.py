@@ -22,7 +22,7 @@ from export.checkpoint.weights import parameters
 from export.model.config import ModelConfig
 from export.progress import SAMPLE_SECONDS, Reporter
 from export.quantize.recipe import ROLES
-from export.sizes import SIZES
+from export.sizes import SIZES, shipped_tiny
 from export.spec import ExportError, ExportSpec, GateError, UsageError
 from targets import TARGETS
 
@@ -388,6 +388,21 @@ def test_relatives_of_the_family_go_by_a_name_of_their_own(tmp_path: Path) -> No
 def test_the_size_of_a_published_hub_id_is_known_and_of_another_one_asked_for() -> None:
     assert spec_of("--target onnx --checkpoint Qwen/Qwen3.5-4B").size == "4b"
     assert spec_of("--target onnx --checkpoint Qwen/Qwen3.5-0.8B-Base").name == "qwen3.5-0.8b-base-onnx-int4"
+    assert spec_of("--target onnx --checkpoint modelscope:Qwen/Qwen3.5-2B-Base").name == "qwen3.5-2b-base-onnx-int4"
+    with pytest.raises(UsageError, match=r"--base: Qwen/Qwen3.5-2B is the instruct model; give Qwen/Qwen3.5-2B-Base"):
+        spec_of("--target onnx --checkpoint Qwen/Qwen3.5-2B --base")
     with pytest.raises(UsageError, match=r"--size is missing: what me/tuned holds is only known after its download"):
         spec_of("--target onnx --checkpoint me/tuned")
     assert spec_of(f"{ONNX} custom --checkpoint me/tuned").size == "custom"
+
+
+def test_a_dry_run_looks_at_the_adapter(tmp_path: Path) -> None:
+    line = f"--target onnx --checkpoint {shipped_tiny()} --adapter"
+    with pytest.raises(ExportError, match=r"--adapter .*absent: the folder has no adapter_config.json; give the"):
+        plan.make(spec_of(f"{line} {tmp_path / 'absent'}"))
+    (tmp_path / "adapter_model.safetensors").touch()
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 6, "use_dora": true}')
+    with pytest.raises(ExportError, match=r"use_dora True; DoRA scales every merged row"):
+        plan.make(spec_of(f"{line} {tmp_path}"))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 6}')
+    assert plan.make(spec_of(f"{line} {tmp_path}")).source.endswith(f"with the adapter {tmp_path.name} of rank 6")

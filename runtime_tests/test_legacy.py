@@ -7,6 +7,7 @@ context 256), before manifests said which ids are real. Whoever changes the cont
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,20 @@ def test_its_weights_are_still_those_of_the_quantiser(target: str, capsys: pytes
     rungs = json.loads(capsys.readouterr().out)["rungs"]
     checks = {check["name"]: check["value"] for check in rungs["L2"]["checks"]}
     assert checks["L2.mismatches"] == 0 and checks["L2.missing"] == 0 and checks["L2.weights"] > 3e6
+
+
+def test_validate_asks_for_what_the_bundle_was_made_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = Path(shutil.copytree(LEGACY / "onnx", tmp_path / "bundle"))
+    words = ["validate", str(bundle), "--rung", "L2", "--threads", "1", "--quiet"]
+
+    def error(*more: str) -> str:
+        assert main([*words, *more]) == 2
+        return capsys.readouterr().err
+
+    assert "--adapter x: no adapter was merged into the bundle; leave it out" in error("--adapter", "x")
+    assert "made from 'checkpoints/tiny', not from random weights" in error("--checkpoint", "random")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["model"]["source"]["adapter"] = "mine"
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    for more in ([], ["--adapter", "none"]):
+        assert "the adapter 'mine' was merged into the bundle; give it with --adapter PATH" in error(*more)

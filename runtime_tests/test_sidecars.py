@@ -28,7 +28,7 @@ from export.chat.tokenizer import read_tokenizer, real_ids
 from export.checkpoint.base import CheckpointError
 from export.checkpoint.folder import FolderCheckpoint
 from export.checkpoint.random import RandomCheckpoint
-from export.model.config import ConfigError, ModelConfig
+from export.model.config import CLIP_SCALE, PUBLISHED_SCALE, ConfigError, ModelConfig
 from export.sizes import shipped_tiny
 from export.spec import ExportError
 from runtime_tests.conftest import variant
@@ -235,6 +235,41 @@ def test_a_preprocessor_with_wrong_values_is_refused(case: str, folder: Path) ->
     edit("preprocessor_config.json", **fields)(folder)
     with pytest.raises(ConfigError, match=message):
         FolderCheckpoint(folder)
+
+
+def test_how_pixels_are_scaled_is_what_transformers_does(folder: Path) -> None:
+    def scale() -> tuple[tuple[float, ...], tuple[float, ...]]:
+        vision = FolderCheckpoint(folder).model_config.vision
+        assert vision is not None
+        return vision.image_mean, vision.image_std
+
+    file = folder / "preprocessor_config.json"
+    file.write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 4], "rescale_factor": 0.00784313725490196}')
+    assert scale() == (pytest.approx((0.05, 0.1, 0.15)), pytest.approx((0.5, 1, 2)))
+    file.write_text('{"image_mean": [0.1, 0.2, 0.3], "do_normalize": false}')
+    assert scale() == ((0, 0, 0), (1, 1, 1))
+    file.write_text("{}")  # settings without a mean: transformers takes CLIP's
+    assert scale() == (CLIP_SCALE[0], CLIP_SCALE[1])
+    file.unlink()
+    assert scale() == (PUBLISHED_SCALE[0], PUBLISHED_SCALE[1])
+    file.write_text('{"do_normalize": null}')
+    with pytest.raises(ConfigError, match=r"the image processor has do_normalize None; it must be true or false"):
+        scale()
+    file.write_text('{"patch_size": 14}')
+    with pytest.raises(ConfigError, match=r"has patch_size 14, config.json has vision_config.patch_size 16; both must"):
+        scale()
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json", "generation_config.json"])
+def test_numbers_that_json_has_not_are_refused(name: str, folder: Path, tmp_path: Path) -> None:
+    text = (folder / name).read_text().replace("{", '{"x": NaN, ', 1)
+    (folder / name).write_text(text)
+    with (
+        pytest.raises(ExportError, match=rf"{name} is not readable JSON \(it holds NaN, which JSON has not\)"),
+        BundleWriter(tmp_path / "bundle", {}, overwrite=False, resume=False) as writer,
+    ):
+        checkpoint = FolderCheckpoint(folder)
+        write_tokenizer(checkpoint, checkpoint.model_config, writer)
 
 
 # --- config.json ----------------------------------------------------------------------------------------------
