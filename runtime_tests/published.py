@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from export.checkpoint.base import block_rows
 from export.checkpoint.names import EMBEDDING, HEAD
@@ -30,10 +31,16 @@ DEPTH = 2
 """Layers of the decoder, and blocks of the encoder."""
 CUT_ROWS = 32_768
 """Rows of a table that is cut; its tokenizer and its ids are those of the shipped tiny checkpoint."""
-PADDING = 243
-"""Rows behind the last token of the published vocabulary; of a cut one as many are treated alike."""
-LIFT = 3.0
-"""Padding rows are so many times longer than others: without a mask they would win nearly every step."""
+BRANCH = 0.5
+"""What mixers and MLPs write is scaled by BRANCH / sqrt(D), so that every token is its own likely successor. Otherwise
+all of 248,320 random tokens are about as likely, and the gates of L3 for 4 and 8 bits measure ties: without it `int4`
+has an SQNR of 6.6 dB and `int8` 25.6 dB, with 2 of 32 greedy tokens.
+"""
+WRITING = ("out_proj.weight", "o_proj.weight", "down_proj.weight")
+FORBIDDEN = (1.5, 1.4)
+"""The last row of the table, which has no token, and the row of the image placeholder are so many times the row of
+the token that ends every prompt: each would win every step of an answer if it were not masked.
+"""
 SHARD_BYTES = 300_000_000
 """A shard is closed when it holds so much."""
 IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -64,8 +71,13 @@ def write(folder: Path, size: str, *, cut: bool = False) -> Path:
     )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile((shipped_tiny() if cut else published_tokenizer.folder()) / name, folder / name)
-    _weights(folder, document)
+    _weights(folder, document, last_token(folder))
     return folder
+
+
+def last_token(folder: Path) -> int:
+    """Id of the token that ends every prompt of the published templates without thinking: that of two line ends."""
+    return int(Tokenizer.from_file(str(folder / "tokenizer.json")).encode("\n\n").ids[-1])
 
 
 def _preprocessor(vision: dict[str, Any]) -> dict[str, Any]:
@@ -76,9 +88,28 @@ def _preprocessor(vision: dict[str, Any]) -> dict[str, Any]:
     return {"size": sides, **patches, **scales, **classes}
 
 
-def _weights(folder: Path, document: dict[str, Any]) -> None:
+class _Decided(RandomCheckpoint):
+    """Random weights that have a likely answer, and forbidden ones that are likelier."""
+
+    def __init__(self, document: dict[str, Any], last: int) -> None:
+        super().__init__(document)
+        self.forbidden = (document["text_config"]["vocab_size"] - 1, document["image_token_id"])
+        self.last = last
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        rows = super().read(name, start, stop)
+        if name.startswith("model.language_model.") and name.endswith(WRITING):
+            return rows * (BRANCH / math.sqrt(self.model_config.text.hidden_size))
+        if name in (EMBEDDING, HEAD):
+            for row, factor in zip(self.forbidden, FORBIDDEN, strict=True):
+                if start <= row < start + len(rows):
+                    rows[row - start] = factor * super().read(name, self.last, self.last + 1)[0]
+        return rows
+
+
+def _weights(folder: Path, document: dict[str, Any], last: int) -> None:
     """The shards and their index."""
-    checkpoint = RandomCheckpoint(document)
+    checkpoint = _Decided(document, last)
     shapes = {name: checkpoint.shape(name) for name in checkpoint.names()} | _mtp(document["text_config"])
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, shape in sorted(shapes.items()):
@@ -124,10 +155,7 @@ def _rows(name: str, shape: tuple[int, ...], checkpoint: RandomCheckpoint) -> It
         return
     step = block_rows(shape)
     for start in range(0, shape[0], step):
-        rows = checkpoint.read(name, start, min(shape[0], start + step))
-        if name in (EMBEDDING, HEAD):
-            rows[max(0, shape[0] - PADDING - start) :] *= LIFT
-        yield rows
+        yield checkpoint.read(name, start, min(shape[0], start + step))
 
 
 def _dump(path: Path, document: dict[str, Any]) -> None:
