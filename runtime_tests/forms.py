@@ -128,7 +128,13 @@ def resized(rows: int) -> Form:
     return change
 
 
-def sharded(count: int, *, index: bool = True, edit: Callable[[dict[str, str]], object] = lambda m: None) -> Form:
+def sharded(
+    count: int,
+    *,
+    index: bool = True,
+    stem: str = "model",
+    edit: Callable[[dict[str, str]], object] = lambda m: None,
+) -> Form:
     """Shards, with an index that `edit` makes stale, or without one."""
 
     def change(folder: Path) -> None:
@@ -136,7 +142,7 @@ def sharded(count: int, *, index: bool = True, edit: Callable[[dict[str, str]], 
         (folder / SINGLE).unlink()
         names, placed = sorted(tensors), dict[str, str]()
         for i in range(count):
-            file = f"model-{i + 1:05}-of-{count:05}.safetensors"
+            file = f"{stem}-{i + 1:05}-of-{count:05}.safetensors"
             part = {name: tensors[name] for name in names[i::count]}
             save_file(part, folder / file, {"format": "pt"})
             placed |= dict.fromkeys(part, file)
@@ -253,7 +259,7 @@ FORMS: dict[str, Form] = {
     "412 rows": resized(412),
     "pruned depth": pruned,
     "one shard": sharded(1),
-    "three shards": sharded(3),
+    "three shards": sharded(3, stem="model.safetensors"),
     "index with tensors that are gone": sharded(2, edit=lambda m: m.update({"mtp.norm.weight": m[EMBEDDING]})),
     "index that misses a tensor": sharded(2, edit=lambda m: m.pop("model.language_model.norm.weight")),
     "extra head": extra(mtp__norm__weight=torch.full((128,), float("nan"))),
@@ -285,6 +291,7 @@ OURS_ALONE: dict[str, Form] = {
         lambda name: name.replace("model.visual.", "model.language_model.visual.")
     ),
     "shards without index": sharded(3, index=False),
+    "shards of the other spelling without index": sharded(2, index=False, stem="model.safetensors"),
     "left-over quantisation config": config(quantization_config={"quant_method": "bitsandbytes"}),
 }
 REFUSED: dict[str, tuple[Form, str]] = {

@@ -14,7 +14,8 @@ from export.checkpoint.safetensors import Entry, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+_SHARD = re.compile(r"(model|model\.safetensors)-(\d{5})-of-(\d{5})\.safetensors")
+"""Both spellings are published."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -36,10 +37,10 @@ def find_tensors(folder: Path) -> dict[str, Entry]:
 
 def _numbered(folder: Path, shards: dict[str, re.Match[str]]) -> dict[str, Entry]:
     """Shards without an index: their names say whether they are all there."""
-    count = max(int(found[2]) for found in shards.values())
-    wanted = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    stem, _, count = max(found.groups() for found in shards.values())
+    wanted = [f"{stem}-{i:05}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
     missing = [name for name in wanted if name not in shards]
-    if missing or len(shards) != count:
+    if missing or len(shards) != len(wanted):
         what = f"lacks {', '.join(missing[:3])}" if missing else "holds shards of several checkpoints"
         raise CheckpointError(
             f"{folder} has {len(shards)} shards, no {INDEX}, and {what}; download what is missing, with the index"
