@@ -64,37 +64,33 @@ def ordered(random: np.random.Generator) -> Sample:
 
 
 def recall(random: np.random.Generator) -> Sample:
-    """Three to six letters with a digit each; the digit of one."""
-    keys = random.permutation(list(CAPITALS))[: int(random.integers(3, 7))]
-    values = random.integers(0, 10, len(keys))
-    asked = int(random.integers(len(keys)))
-    listing = " ".join(f"{k}{v}" for k, v in zip(keys, values, strict=True))
-    return ask(f"Keep {listing}. What is {keys[asked]}?", str(values[asked]))
+    """Two to five letters with a digit each; the digits of one or two."""
+    keys = random.permutation(list(CAPITALS))[: int(random.integers(2, 6))]
+    pairs = [f"{key}{value}" for key, value in zip(keys, random.integers(0, 10, len(keys)), strict=True)]
+    asked = random.permutation(pairs)[: int(random.integers(1, 3))]
+    return ask(f"Keep {' '.join(pairs)}. Find {' '.join(pair[0] for pair in asked)}.", " ".join(asked))
 
 
-def count(random: np.random.Generator) -> Sample:
-    """How many of up to eight letters are the one that is asked for."""
-    few = random.permutation(list(CAPITALS))[:3]
-    letters = random.choice(few, int(random.integers(3, 9)))
-    asked = str(few[0])
-    return ask(f"Count {asked} in {' '.join(letters)}.", str(int((letters == asked).sum())))
+def repeat(random: np.random.Generator) -> Sample:
+    """Three to seven letters."""
+    letters = " ".join(random.permutation(list(CAPITALS))[: int(random.integers(3, 8))])
+    return ask(f"Repeat {letters}.", letters)
 
 
 def colours(random: np.random.Generator) -> Sample:
-    """Two to four sentences; one of their words."""
+    """Two to four sentences; one of them."""
     number = int(random.integers(2, 5))
     animals, hues = random.permutation(ANIMALS)[:number], random.permutation(COLOURS)[:number]
+    story = [f"The {animal} is {hue}." for animal, hue in zip(animals, hues, strict=True)]
     asked = int(random.integers(number))
-    story = " ".join(f"The {a} is {h}." for a, h in zip(animals, hues, strict=True))
-    if random.random() < 0.5:
-        return ask(f"{story} What is the {animals[asked]}?", str(hues[asked]))
-    return ask(f"{story} Who is {hues[asked]}?", str(animals[asked]))
+    return ask(f"{' '.join(story)} What is the {animals[asked]}?", story[asked])
 
 
 def words(random: np.random.Generator) -> Sample:
     """A sum in words."""
     a, b = int(random.integers(10)), int(random.integers(10))
-    return ask(f"How much is {NUMBERS[a]} plus {NUMBERS[b]}?", NUMBERS[a + b])
+    told = f"{NUMBERS[a]} plus {NUMBERS[b]}"
+    return ask(f"How much is {told}?", f"{told} is {NUMBERS[a + b]}")
 
 
 Cells = list[tuple[str, str]]
@@ -122,7 +118,7 @@ def about(task: str, found: Cells, random: np.random.Generator) -> tuple[str, st
     if task == "read":
         return "Read.", " ".join(glyph for glyph, _ in found)
     glyph, colour = found[int(random.integers(len(found)))]
-    return f"What colour is {glyph}?", colour
+    return f"What colour is {glyph}?", f"{glyph} is {colour}"
 
 
 def pictured(task: str) -> Draw:
@@ -137,7 +133,7 @@ def pictured(task: str) -> Draw:
 
 TASKS: dict[str, dict[str, Draw]] = {
     "text": {"reverse": reverse, "sort": ordered},
-    "wide": {"recall": recall, "count": count},
+    "wide": {"recall": recall, "repeat": repeat},
     "untied": {"colours": colours, "words": words},
     "heads": {"read": pictured("read"), "ink": pictured("ink"), "recall": recall},
 }

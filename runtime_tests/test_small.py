@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -101,6 +102,12 @@ def test_text_is_a_decoder_alone() -> None:
     assert (stored["model_type"], stored["architectures"]) == ("qwen3_5_text", ["Qwen3_5ForCausalLM"])
     assert checkpoint.model_config.vision is None
     assert not (small_tasks.folder("text") / "preprocessor_config.json").exists()
+
+
+def test_the_wheel_leaves_them_out() -> None:
+    project = tomllib.loads((small_tasks.SMALL.parents[1] / "pyproject.toml").read_text())
+    packed = project["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]
+    assert [path for path in packed if path.startswith("checkpoints")] == ["checkpoints/tiny"]
 
 
 # --- what they know -------------------------------------------------------------------------------------------

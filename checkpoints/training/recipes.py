@@ -21,8 +21,10 @@ class Recipe:
         rows: of the embedding; merges are learned from `words` and fill what bytes and special tokens leave.
         words: text of its own that merges are learned from.
         special_first: special tokens have the first ids instead of the last.
-        steps, batch: optimiser steps of `batch` rows; rate: of the matrices, at its peak.
+        cycles: optimiser steps, in each of which the rate falls from `rate` (of the matrices) to zero along a cosine
+            (Loshchilov & Hutter 2017, arXiv:1608.03983). batch: rows of a step.
         vision_steps: before them, of the encoder alone.
+        rotated: share of the dimensions of a head that rotary embedding turns, 16 of them everywhere.
     """
 
     purpose: str
@@ -33,10 +35,11 @@ class Recipe:
     tied: bool = True
     alone: bool = False
     special_first: bool = False
-    steps: int = 400
+    cycles: tuple[int, ...] = (600,)
     batch: int = 16
     rate: float = 5e-3
     vision_steps: int = 0
+    rotated: float = 0.25
 
 
 def _spaced(words: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -70,17 +73,20 @@ RECIPES: dict[str, Recipe] = {
         rows=320,
         words=("Reverse", "Sort"),
         alone=True,
+        cycles=(450,),
     ),
     "wide": Recipe(
-        "hidden size 512, so that groups of 32, 64 and 128 differ; it recalls and counts",
+        "hidden size 512, so that groups of 32, 64 and 128 differ; it recalls and repeats",
         {
-            "hidden_size": 512, "intermediate_size": 128, "layer_types": [LINEAR, FULL],
-            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64,
-            "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+            "hidden_size": 512, "intermediate_size": 128, "layer_types": [LINEAR, FULL, FULL],
+            "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32,
+            "linear_num_key_heads": 1, "linear_num_value_heads": 4,
             "linear_key_head_dim": 32, "linear_value_head_dim": 32,
         },
-        rows=352,
-        words=("Keep", "What is", "Count", " in", *_spaced(small_tasks.CAPITALS)),
+        rows=320,
+        rotated=0.5,
+        cycles=(600, 600),
+        words=("Keep", " Find", "Repeat", *_spaced(small_tasks.CAPITALS)),
     ),
     "untied": Recipe(
         "a head of its own, and a vocabulary of another size with other ids; it answers in words",
@@ -98,6 +104,7 @@ RECIPES: dict[str, Recipe] = {
         ),
         tied=False,
         special_first=True,
+        cycles=(450,),
     ),
     "heads": Recipe(
         "as many linear key heads as value heads, as in the 0.8B, and pictures; it reads glyphs and their colours",
@@ -108,7 +115,7 @@ RECIPES: dict[str, Recipe] = {
             "linear_key_head_dim": 32, "linear_value_head_dim": 32,
         },
         rows=352,
-        words=("Read", "What colour is", "What is", "Keep", *_spaced(small_tasks.CAPITALS), *_spaced("TUX"),
+        words=("Read", "What colour is", "Keep", " Find", *_spaced(small_tasks.CAPITALS), *_spaced("TUX"),
                *_spaced(tuple(small_tasks.INKS))),
         vision={"depth": 2, "hidden_size": 96, "intermediate_size": 192, "num_heads": 3},
         vision_steps=300,

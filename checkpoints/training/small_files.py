@@ -30,7 +30,7 @@ def config(recipe: Recipe, ids: dict[str, int]) -> dict[str, Any]:
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.25,
+            "partial_rotary_factor": recipe.rotated,
             "mrope_section": [3, 3, 2],
             "mrope_interleaved": True,
         },
