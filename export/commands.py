@@ -118,13 +118,15 @@ def _as_list(layer: int | list[int]) -> list[int]:
 
 
 def recipe_of(manifest: dict[str, Any]) -> Any:
+    from export.quantize.conditioning import Conditioning
     from export.quantize.recipe import Recipe, Setting
 
     roles = {
         role: Setting(s["bits"], s.get("group_size"), s.get("symmetric", True), s.get("method", "rtn"))
         for role, s in manifest["quantization"]["roles"].items()
     }
-    return Recipe(manifest["quantization"]["recipe"], roles)
+    name = manifest["quantization"]["recipe"]
+    return Recipe(name, roles, Conditioning.parse(name, manifest["quantization"].get("conditioning", {})))
 
 
 def validate(options: argparse.Namespace) -> int:

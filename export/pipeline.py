@@ -16,6 +16,7 @@ from export.chat.sidecars import write_tokenizer
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
+from export.quantize.conditioned import weights_for
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe, load_recipe
 from export.report import card
@@ -62,13 +63,13 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
             config = config.without_vision()
     for notice in checkpoint.notices:
         progress.notice(notice)
-    weights = Weights(checkpoint, config)
+    weights = weights_for(checkpoint, config, recipe.conditioning)
     check_request(spec, target, weights, recipe)
     quantizer = Quantizer(weights, recipe)
     key = {
         **spec.build_key(),
         "content": checkpoint.content_key(),
-        "roles": quantizer.recipe.as_manifest()["roles"],
+        "quantization": quantizer.recipe.as_manifest(),
         "built_with": built_with(),
     }
     report = None
@@ -81,7 +82,7 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
         with progress.stage("lower", total=num_parameters(weights)) as bar:
             lowered = target.lower(
                 Job(
-                    config,
+                    weights.config,
                     quantizer,
                     spec.context_length,
                     spec.prefill_lengths,
@@ -160,7 +161,7 @@ def num_parameters(weights: Weights) -> int:
         count = 1
         for extent in parameter.shape:
             count *= extent
-        seen[tuple(f"{s.tensor}{s.start}" for s in parameter.segments)] = count
+        seen[parameter.transform, *(f"{s.tensor}{s.start}" for s in parameter.segments)] = count
     return sum(seen.values())
 
 

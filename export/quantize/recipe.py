@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from export.quantize.conditioning import Conditioning
 from export.spec import UsageError
 
 ROLES = ("decoder", "linear_attention", "lm_head", "embedding", "vision")
@@ -34,10 +35,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named setting for every role."""
+    """A named setting for every role, and what is done to the weights before."""
 
     name: str
     roles: Mapping[str, Setting]
+    conditioning: Conditioning = Conditioning()
 
     @classmethod
     def unquantised(cls) -> Recipe:
@@ -70,7 +72,10 @@ class Recipe:
     def as_manifest(self) -> dict[str, Any]:
         """`quantization` of the manifest."""
         roles = {role: asdict(setting) for role, setting in sorted(self.roles.items())}
-        return {"recipe": self.name, "roles": roles}
+        found: dict[str, Any] = {"recipe": self.name, "roles": roles}
+        if self.conditioning.changes:
+            found["conditioning"] = self.conditioning.as_manifest()
+        return found
 
 
 @cache
@@ -107,7 +112,8 @@ def load_recipe(name: str, group_size: int | None = None) -> Recipe:
             )
         title, table = name, tables[name]
     roles = {role: _setting(title, role, table) for role in ROLES}
-    unknown = sorted(set(table) - set(ROLES))
+    conditioning = Conditioning.parse(title, table.get("conditioning", {}))
+    unknown = sorted(set(table) - {*ROLES, "conditioning"})
     if unknown:
         raise UsageError(f"recipe {title}: unknown role {unknown[0]!r}; the roles are {', '.join(ROLES)}")
     if group_size is not None:
@@ -115,7 +121,7 @@ def load_recipe(name: str, group_size: int | None = None) -> Recipe:
             raise UsageError(f"--group-size {group_size}: choose 32, 64 or 128")
         roles = {r: replace(s, group_size=group_size) if s.bits == 4 else s for r, s in roles.items()}
         title = f"{title}-g{group_size}"
-    return Recipe(title, roles)
+    return Recipe(title, roles, conditioning)
 
 
 def _setting(recipe: str, role: str, table: Mapping[str, Any]) -> Setting:

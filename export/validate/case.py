@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from export.chat.conversation import chunks
 from export.checkpoint.base import Checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
+from export.quantize.conditioned import weights_for
 from export.quantize.recipe import Recipe
 from export.validate import reference, transformers_model
 from export.validate.gates import Check, failed
@@ -73,7 +75,12 @@ class Case:
 
     @cached_property
     def weights(self) -> Weights:
-        return Weights(self.checkpoint, self.config)
+        """As the bundle has them, before rounding."""
+        return weights_for(self.checkpoint, self.config, self.recipe.conditioning)
+
+    def to_stream(self, rows: NDArray[Any]) -> NDArray[np.float32]:
+        """Rows [T, D] from transformers' embedding or vision tower as the bundle's residual stream has them."""
+        return self.weights.to_stream(torch.from_numpy(rows)).numpy()
 
     @cached_property
     def image_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -96,8 +103,8 @@ class Case:
 
     @cached_property
     def true_pictures(self) -> list[NDArray[np.float32]]:
-        """transformers' image embeddings of `pictures`."""
-        return reference.hf_vision(self.checkpoint, self.config, self.pictures)
+        """transformers' image embeddings of `pictures`, as the bundle's stream has them."""
+        return [self.to_stream(each) for each in reference.hf_vision(self.checkpoint, self.config, self.pictures)]
 
     @cached_property
     def plan(self) -> list[tuple[int | None, int]]:

@@ -51,7 +51,7 @@ def drift(
 
     def divergence(opened: Session, tokens: int, steps: int) -> NDArray[np.float64]:
         plan = [*chunks(tokens - steps, case.prefill_lengths), *[(None, 1)] * steps]
-        given = rows[:tokens].astype(case.floats)
+        given = case.to_stream(rows[:tokens]).astype(case.floats)
         logits = np.stack(replay(opened, given, probe.positions, plan, junk=0.0))[-steps:]
         return metrics.kl(truth[tokens - steps : tokens], logits)
 
@@ -95,7 +95,7 @@ def _in_layout(case: Case, layout: str, context_length: int) -> Iterator[Session
     place = case.folder if case.folder.suffix == ".partial" else case.folder.parent
     with tempfile.TemporaryDirectory(prefix="drift-", dir=place) as scratch:
         job = Job(
-            case.config,
+            case.weights.config,
             Quantizer(case.weights, case.recipe),
             context_length,
             case.prefill_lengths,

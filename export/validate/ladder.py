@@ -39,7 +39,7 @@ def l0(case: Case) -> Rung:
     """
     truth, true_states = case.truth
     rows_needed = state.cache_rows(len(case.probe.ids), case.prefill_lengths)
-    rows = reference.embed(case.checkpoint, case.probe.ids)
+    rows = case.to_stream(reference.embed(case.checkpoint, case.probe.ids))
     images = [reference.own_vision(case.weights, image) for image in case.probe.images]
     rows = splice(rows, case.probe.ids, case.config.image_token_id, images)
     logits, states = reference.own_sequence(
