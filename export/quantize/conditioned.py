@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from export.checkpoint.base import Checkpoint
-from export.checkpoint.weights import HEAD_BASIS, Weights
+from export.checkpoint.weights import BLOCK_ELEMENTS, HEAD_BASIS, Weights
 from export.model.config import FULL, ModelConfig
 from export.quantize import rotation
 from export.quantize.conditioning import Conditioning
@@ -72,13 +72,17 @@ class ConditionedWeights(Weights):
     def to_stream(self, rows: Tensor) -> Tensor:
         return rotation.turn(rows) if self.conditioning.rotate else rows
 
+    def _published(self, name: str) -> Tensor:
+        """A whole parameter as it was before."""
+        return super().rows(name, 0, self.parameters[name].shape[0])
+
     def _unturned(self, name: str, treatment: Treatment, start: int, stop: int) -> Tensor:
         """Rows before rotation."""
         if treatment.constant is not None:
             return torch.full((stop - start, *self.parameters[name].shape[1:]), treatment.constant)
         rows = super().rows(name, start, stop)
         if treatment.factor is not None:
-            factor = super().tensor(treatment.factor)
+            factor = self._published(treatment.factor)
             rows = rows * factor.repeat(rows.shape[1] // len(factor))
         if treatment.shift is not None:
             rows = rows.double() + self._product(*treatment.shift, start, stop)
@@ -91,7 +95,7 @@ class ConditionedWeights(Weights):
 
     def _product(self, matrix: str, vector: str, start: int, stop: int) -> Tensor:
         """Rows of published matrix · vector as float64 [rows], summed in halves: the same on every machine."""
-        x = super().tensor(vector).double()
+        x = self._published(vector).double()
         rows = super().rows(matrix, start, stop).double()
         return _sum(rows * x.repeat(rows.shape[1] // len(x)))
 
@@ -106,13 +110,13 @@ class ConditionedWeights(Weights):
             squares = torch.zeros(self.parameters[down].shape[1], dtype=torch.float64)
             for span in self._spans(down):
                 squares += _sum(super().rows(down, *span).double().square().T)
-            self._scales[layer] = power_of_two(squares, torch.cat(rows))
+            self._scales[layer] = balance(squares, torch.cat(rows))
         return self._scales[layer]
 
     def _spans(self, name: str) -> Iterator[tuple[int, int]]:
         """Blocks of rows of fixed size, whatever `blocks` takes."""
         rows, columns = self.parameters[name].shape
-        step = max(1, rotation.PIECE * 4 // columns)
+        step = max(1, BLOCK_ELEMENTS // columns)
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
 
@@ -122,19 +126,19 @@ class ConditionedWeights(Weights):
             self._written = None  # first, so that two are never there at once
             shape = self.parameters[name].shape
             whole = torch.empty(shape)
-            step = max(1, rotation.PIECE * 4 // whole[0].numel())
+            step = max(1, BLOCK_ELEMENTS // whole[0].numel())
             for start in range(0, shape[0], step):
                 stop = min(start + step, shape[0])
                 whole[start:stop] = self._unturned(name, self.treatments[name], start, stop)
-            rotation.turn_back_outputs(whole.view(shape[0], -1))
+            rotation.turn_outputs(whole.view(shape[0], -1))
             self._written = name, whole
         return self._written[1]
 
     @cached_property
     def _head_basis(self) -> Tensor:
         """Qᵀ · diag(factors of the last norm) · Q, symmetric: turns normed rows back, multiplies, and turns again."""
-        matrix = rotation.turn(torch.diag(super().tensor("decoder.norm.weight").double()))
-        rotation.turn_back_outputs(matrix)
+        matrix = rotation.turn(torch.diag(self._published("decoder.norm.weight").double()))
+        rotation.turn_outputs(matrix)
         return matrix.float()
 
 
@@ -146,7 +150,7 @@ def treatments(config: ModelConfig, conditioning: Conditioning) -> dict[str, Tre
         found[name] = replace(found.get(name, Treatment()), **steps)  # type: ignore[arg-type]
 
     text, last = config.text, "decoder.norm.weight"
-    reads = {"reads": "reads", "writes": "writes"} if conditioning.rotate else {"reads": None, "writes": None}
+    reads, writes = ("reads", "writes") if conditioning.rotate else (None, None)
     for index, kind in enumerate(text.layer_types):
         layer = f"decoder.layers.{index}"
         mixer = ("q", "k", "v", "gate") if kind == FULL else ("qkv", "z", "a", "b")
@@ -157,13 +161,13 @@ def treatments(config: ModelConfig, conditioning: Conditioning) -> dict[str, Tre
             if conditioning.fold:
                 add(norm, constant=1.0)
             for reader in readers:
-                add(reader, factor=norm if conditioning.fold else None, turn=reads["reads"])
+                add(reader, factor=norm if conditioning.fold else None, turn=reads)
         out, down = f"{layer}.mixer.out.weight", f"{layer}.mlp.down.weight"
         if conditioning.fold and kind != FULL:
             add(f"{layer}.mixer.norm_weight", constant=1.0)
             add(out, factor=f"{layer}.mixer.norm_weight")
-        add(out, turn=reads["writes"])
-        add(down, turn=reads["writes"])
+        add(out, turn=writes)
+        add(down, turn=writes)
         if conditioning.equalise:
             add(f"{layer}.mlp.up.weight", equalise=("rows", index))
             add(down, equalise=("columns", index))
@@ -184,20 +188,24 @@ def treatments(config: ModelConfig, conditioning: Conditioning) -> dict[str, Tre
                 add(f"{reader}.weight", factor=f"{norm}.weight")
                 add(f"{reader}.bias", shift=(f"{reader}.weight", f"{norm}.bias"))
         for part in ("weight", "bias"):
-            add(f"vision.merger_down.{part}", turn=reads["writes"])
+            add(f"vision.merger_down.{part}", turn=writes)
     return {name: steps for name, steps in found.items() if steps != Treatment()}
 
 
-def power_of_two(wanted: Tensor, found: Tensor) -> Tensor:
-    """float32 [n]: the power of two nearest to (wanted / found)^(1/4) on a scale of logarithms, 1 where either is 0.
-
-    Of sums of squares that is the square root of the ratio of root mean squares. Exact, without a logarithm.
+def balance(wanted: Tensor, found: Tensor) -> Tensor:
+    """float32 [n], from sums of squares: powers of two near sqrt(rms wanted / rms found), so that multiplying one side
+    and dividing the other makes both alike; 1 where either is 0. Their median is 1: only channels that differ from the
+    others matter, and activations keep their size. Exact, without a logarithm that rounds as a machine likes.
     """
-    ratio = torch.where((wanted > 0) & (found > 0), wanted / found, 1.0)
-    # ratio is in [2^(e-1), 2^e); 2^k is nearest to ratio^(1/4) for 2^(4k-2) <= ratio < 2^(4k+2).
-    exponent = torch.frexp(ratio).exponent
-    steps = torch.div(exponent + 1, 4, rounding_mode="floor").clamp(-LARGEST_SHIFT, LARGEST_SHIFT)
-    return torch.ldexp(torch.ones(len(ratio)), steps)
+    alive = (wanted > 0) & (found > 0)
+    # A ratio r is in [2^(e-1), 2^e); 2^k is nearest to its fourth root for 2^(4k-2) <= r < 2^(4k+2).
+    exponents = torch.frexp(wanted[alive] / found[alive]).exponent
+    steps = torch.div(exponents + 1, 4, rounding_mode="floor")
+    if len(steps):
+        steps = (steps - steps.median()).clamp(-LARGEST_SHIFT, LARGEST_SHIFT)
+    result = torch.ones(len(wanted))
+    result[alive] = torch.ldexp(torch.ones(len(steps)), steps)
+    return result
 
 
 def _sum(x: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from export.spec import UsageError
 
 LARGEST_ODD = 31
 """Of m: the DCT is a dense matrix, which costs m multiplications for every entry."""
-PIECE = 1 << 18
-"""Elements worked on at a time, 1 MiB of float32: they stay in the cache through all steps."""
+PIECE = 1 << 17
+"""Elements worked on at a time, half a MiB of float32: they stay in the cache through all steps."""
 SEED = b"qwen35-mobile residual stream"
 
 
@@ -44,35 +44,35 @@ def turn(rows: Tensor) -> Tensor:
     result = torch.empty_like(rows)
     step = max(1, PIECE // rows.shape[1])
     for start in range(0, len(rows), step):
-        result[start : start + step] = _mixed(rows[start : start + step].T.contiguous()).T
+        result[start : start + step] = _turned(rows[start : start + step].T).T
     return result
 
 
-def turn_back_outputs(matrix: Tensor) -> None:
-    """matrix [D, K] -> Qᵀ · matrix, in place: what writes into the stream writes into the turned one."""
+def turn_outputs(matrix: Tensor) -> None:
+    """matrix [D, K] -> Qᵀ · matrix, in place: what wrote into the stream writes into the turned one."""
     step = max(1, PIECE // len(matrix))
     for start in range(0, matrix.shape[1], step):
-        matrix[:, start : start + step] = _mixed(matrix[:, start : start + step].contiguous())
+        matrix[:, start : start + step] = _turned(matrix[:, start : start + step])
 
 
-def _mixed(x: Tensor) -> Tensor:
-    """Qᵀ · x for x [D, c], which is overwritten."""
+def _turned(x: Tensor) -> Tensor:
+    """Qᵀ · x for x [D, c]."""
     channels, count = x.shape
     power, odd = factors(channels)
-    x.mul_(_signs(channels).to(x.dtype).unsqueeze(1))
-    other = torch.empty_like(x)
+    now, other = (torch.empty((channels, count), dtype=x.dtype) for _ in range(2))
+    now.copy_(x).mul_((_signs(channels) / math.sqrt(power)).to(x.dtype).unsqueeze(1))
     if odd > 1:
-        _cosine(x.view(power, odd, count), other.view(power, odd, count))
-        x, other = other, x
+        _cosine(now.view(power, odd, count), other.view(power, odd, count))
+        now, other = other, now
     width = odd * count
     half = 1
     while half < power:
-        pairs, sums = x.view(-1, 2, half * width), other.view(-1, 2, half * width)
+        pairs, sums = now.view(-1, 2, half * width), other.view(-1, 2, half * width)
         torch.add(pairs[:, 0], pairs[:, 1], out=sums[:, 0])
         torch.sub(pairs[:, 0], pairs[:, 1], out=sums[:, 1])
-        x, other = other, x
+        now, other = other, now
         half *= 2
-    return x.mul_(1 / math.sqrt(power))
+    return now
 
 
 def _cosine(x: Tensor, out: Tensor) -> None:
@@ -91,7 +91,7 @@ def _cosine(x: Tensor, out: Tensor) -> None:
 
 @cache
 def _signs(channels: int) -> Tensor:
-    """int8 [D] of 1 and -1: the bits of SHAKE-128 over `SEED`, which no version of a library changes."""
+    """float64 [D] of 1 and -1: the bits of SHAKE-128 over `SEED`, which no version of a library changes."""
     data = hashlib.shake_128(SEED).digest(-(-channels // 8))
     bits = [(byte >> place) & 1 for byte in data for place in range(8)]
-    return 1 - 2 * torch.tensor(bits[:channels], dtype=torch.int8)
+    return 1 - 2 * torch.tensor(bits[:channels], dtype=torch.float64)
