@@ -6,6 +6,7 @@ steps are elementwise. At most one matrix is in memory, a writer's of a rotated 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from export.checkpoint.base import Checkpoint
-from export.checkpoint.weights import BLOCK_ELEMENTS, HEAD_BASIS, Weights
+from export.checkpoint.weights import HEAD_BASIS, Weights
 from export.model.config import FULL, ModelConfig
 from export.quantize import rotation
 from export.quantize.conditioning import Conditioning
 
+SPAN = 1 << 20
+"""Elements read at a time where a whole parameter is looked at, 4 MiB of float32."""
 LARGEST_SHIFT = 40
 """Channels are scaled by at most 2^40: far more than any checkpoint needs, far from float32's limits."""
 
@@ -106,19 +109,19 @@ class ConditionedWeights(Weights):
         if layer not in self._scales:
             up, down = (f"decoder.layers.{layer}.mlp.{name}.weight" for name in ("up", "down"))
             folded = replace(self.treatments[up], equalise=None)
-            rows = [_sum(self._unturned(up, folded, *span).double().square()) for span in self._spans(up)]
+            rows = [self._unturned(up, folded, *span).double().square_().sum(1) for span in self._spans(up)]
             squares = torch.zeros(self.parameters[down].shape[1], dtype=torch.float64)
             for span in self._spans(down):
-                squares += _sum(super().rows(down, *span).double().square().T)
+                squares += super().rows(down, *span).double().square_().sum(0)
             self._scales[layer] = balance(squares, torch.cat(rows))
         return self._scales[layer]
 
     def _spans(self, name: str) -> Iterator[tuple[int, int]]:
-        """Blocks of rows of fixed size, whatever `blocks` takes."""
-        rows, columns = self.parameters[name].shape
-        step = max(1, BLOCK_ELEMENTS // columns)
-        for start in range(0, rows, step):
-            yield start, min(start + step, rows)
+        """Blocks of rows that cover a parameter."""
+        shape = self.parameters[name].shape
+        step = max(1, SPAN // math.prod(shape[1:]))
+        for start in range(0, shape[0], step):
+            yield start, min(start + step, shape[0])
 
     def _whole_writer(self, name: str) -> Tensor:
         """A parameter [D, …] whose rows write into the rotated stream; the last one asked for stays in memory."""
@@ -126,9 +129,7 @@ class ConditionedWeights(Weights):
             self._written = None  # first, so that two are never there at once
             shape = self.parameters[name].shape
             whole = torch.empty(shape)
-            step = max(1, BLOCK_ELEMENTS // whole[0].numel())
-            for start in range(0, shape[0], step):
-                stop = min(start + step, shape[0])
+            for start, stop in self._spans(name):
                 whole[start:stop] = self._unturned(name, self.treatments[name], start, stop)
             rotation.turn_outputs(whole.view(shape[0], -1))
             self._written = name, whole
