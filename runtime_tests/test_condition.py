@@ -21,7 +21,6 @@ from export.quantize.conditioning import Conditioning
 from export.quantize.recipe import Recipe, load_recipe
 from export.spec import UsageError
 from export.validate import metrics, reference
-from export.validate.gates import GATES
 from export.validate.probe import make_probe
 from runtime_tests.conftest import VARIANTS, MemoryCheckpoint, variant
 
@@ -36,8 +35,8 @@ MODELS = {
     ),
     "text-160": (variant(**SMALL, hidden_size=160), False),
 }  # fmt: skip
-LIMIT = GATES["L0.logits"].limit
-"""Of the relative error that float32 rounding makes; transforms alone stay well below."""
+LIMIT = 1e-4
+"""Of the relative error that rounding weights to float32 makes in these random models, which amplify it."""
 
 
 class Model:
@@ -156,7 +155,7 @@ def test_a_wrong_variant_fails_l0(models: dict[str, Model], what: str) -> None:
     check, patch = WRONG[what]
     weights = ConditionedWeights(model.checkpoint, model.config, ALL)
     patch(weights)
-    assert model.errors(weights)[check] > 30 * LIMIT
+    assert model.errors(weights)[check] > 50 * LIMIT
 
 
 @pytest.mark.parametrize("channels", [96, 128, 160])
