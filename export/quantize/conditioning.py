@@ -58,3 +58,6 @@ class Conditioning:
     def as_manifest(self) -> dict[str, bool]:
         """`quantization.conditioning` of the manifest."""
         return asdict(self)
+
+
+UNCONDITIONED = Conditioning()

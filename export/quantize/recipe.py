@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from export.quantize.conditioning import Conditioning
+from export.quantize.conditioning import UNCONDITIONED, Conditioning
 from export.spec import UsageError
 
 ROLES = ("decoder", "linear_attention", "lm_head", "embedding", "vision")
@@ -39,7 +39,7 @@ class Recipe:
 
     name: str
     roles: Mapping[str, Setting]
-    conditioning: Conditioning = Conditioning()
+    conditioning: Conditioning = UNCONDITIONED
 
     @classmethod
     def unquantised(cls) -> Recipe:
