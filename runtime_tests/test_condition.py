@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,26 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from export.chat.template import load_tokenizer
+from export.checkpoint import Checkpoint, open_checkpoint
 from export.checkpoint.weights import HEAD_BASIS, Weights
 from export.commands import recipe_of
 from export.model.decoder import Decoder
 from export.quantize import conditioned, rotation
 from export.quantize.conditioned import ConditionedWeights, Treatment, balance, weights_for
 from export.quantize.conditioning import Conditioning
+from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe, load_recipe
-from export.spec import UsageError
+from export.sizes import CUSTOM, shipped_tiny
+from export.spec import ExportSpec, UsageError
 from export.validate import metrics, reference
+from export.validate.judge import PASSAGE
 from export.validate.probe import make_probe
+from export.validate.replay import replay
+from runtime_tests import twins
 from runtime_tests.conftest import VARIANTS, MemoryCheckpoint, variant
+from targets import load_target
+from targets.base import Job
 
 ALL = Conditioning(fold=True, equalise=True, rotate=True)
 TOKENS = 14
@@ -225,3 +235,105 @@ def test_every_parameter_that_reads_or_writes_the_stream_is_treated(models: dict
     # Matrices that are square in this model would hide a missing one; the convolution has no row of that width.
     assert turned == {n for n in text if "conv" not in n} | {"vision.merger_down.weight", "vision.merger_down.bias"}
     assert all(found[n] != Treatment() for n in found)
+
+
+TWINS: dict[str, dict[str, Any]] = {
+    "original": {},
+    "stream": {"stream": 1024},
+    "outliers": {"outliers": 32, "mlp_outliers": 32},
+    "concentrated": {"concentrate": True},
+}
+MOST = 2.0
+"""Times the divergence of the original that a twin's may be."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Checkpoint]:
+    """The shipped checkpoint, untied, and its twins."""
+    folder = tmp_path_factory.mktemp("twins")
+    written = {name: twins.write(shipped_tiny(), folder / name, **kinds) for name, kinds in TWINS.items()}
+    return {
+        name: open_checkpoint(ExportSpec(target="onnx", size=CUSTOM, checkpoint=str(path)))
+        for name, path in written.items()
+    }
+
+
+def test_conditioned_twins_are_the_conditioned_original(tiny: dict[str, Checkpoint]) -> None:
+    """A scaled stream stays scaled, outliers in norms and MLPs vanish, before anything is rounded."""
+    original, stream, outliers = (
+        weights_for(tiny[name], tiny[name].model_config, ALL) for name in ("original", "stream", "outliers")
+    )
+    layer = "decoder.layers.3"
+    for name in ("mixer.q", "mixer.out", "mlp.gate", "mlp.up", "mlp.down"):
+        expected = original.tensor(f"{layer}.{name}.weight").numpy()
+        writes = name in ("mixer.out", "mlp.down")
+        assert metrics.relative(expected, outliers.tensor(f"{layer}.{name}.weight").numpy()) < 1e-6, name
+        scaled = stream.tensor(f"{layer}.{name}.weight").numpy() / (1024 if writes else 1)
+        assert metrics.relative(expected, scaled) < 1e-6, name
+
+
+def divergence(
+    checkpoint: Checkpoint, recipe: Recipe, target: str, folder: Path, ids: list[int], truth: NDArray[np.float32]
+) -> float:
+    """Mean KL of a lowered decoder from `truth` [T, V], most tokens one by one."""
+    weights = weights_for(checkpoint, checkpoint.model_config.without_vision(), recipe.conditioning)
+    runtime = load_target(target)
+    profile = runtime.capabilities.profiles[0]
+    folder.mkdir()
+    job = Job(weights.config, Quantizer(weights, recipe), 256, (64,), (), folder, profile=profile, try_out=False)
+    lowered = runtime.lower(job)
+    manifest = {
+        "signatures": lowered.signatures,
+        "states": lowered.states,
+        "session_options": lowered.session_options,
+        "context_length": 256,
+        "prefill_lengths": [64],
+        "image_sizes": [],
+        "target": {"name": target, "min_version": runtime.min_version, "profile": profile},
+    }
+    with closing(runtime.open(folder, manifest, 1)) as session:
+        rows = session.run("embed", {"input_ids": np.asarray([ids], np.int64)})["embeddings"][0]
+        plan: list[tuple[int | None, int]] = [(64, 20), *[(None, 1)] * (len(ids) - 20)]
+        logits = np.stack(replay(session, rows, _positions(ids), plan, junk=0.0))
+    return float(metrics.kl(truth[19:], logits).mean())
+
+
+def _positions(ids: list[int]) -> NDArray[np.int32]:
+    return np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
+
+
+@pytest.fixture(scope="module")
+def passage(tiny: dict[str, Checkpoint]) -> tuple[list[int], NDArray[np.float32]]:
+    """The shipped passage and what the original says to it."""
+    ids: list[int] = load_tokenizer(shipped_tiny())(PASSAGE, add_special_tokens=False)["input_ids"][:150]
+    original = tiny["original"]
+    rows = reference.embed(original, ids)
+    truth, _ = reference.hf_sequence(original, original.model_config, rows, _positions(ids), 64)
+    return ids, truth
+
+
+SLOW = [
+    pytest.param(target, recipe, marks=pytest.mark.slow)
+    for target in ("executorch", "coreml")
+    for recipe in ("int8", "int4", "int4-careful")
+]
+
+
+@pytest.mark.parametrize(("target", "recipe"), [("onnx", "int8"), ("onnx", "int4"), *SLOW])
+def test_twins_lose_at_most_twice_what_the_original_loses(
+    tiny: dict[str, Checkpoint], passage: Any, tmp_path: Path, target: str, recipe: str
+) -> None:
+    chosen = replace(load_recipe(recipe), conditioning=ALL)
+    names = ["original", "concentrated"] if target == "onnx" else list(TWINS)
+    found = {name: divergence(tiny[name], chosen, target, tmp_path / name, *passage) for name in names}
+    assert max(found.values()) <= MOST * found["original"], found
+
+
+def test_without_conditioning_a_twin_loses_more_than_twice(
+    tiny: dict[str, Checkpoint], passage: Any, tmp_path: Path
+) -> None:
+    recipe = replace(load_recipe("int8"), conditioning=Conditioning())
+    one, other = (
+        divergence(tiny[name], recipe, "onnx", tmp_path / name, *passage) for name in ("original", "outliers")
+    )
+    assert other > 5 * MOST * one
