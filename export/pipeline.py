@@ -69,7 +69,8 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
     key = {
         **spec.build_key(),
         "content": checkpoint.content_key(),
-        "quantization": quantizer.recipe.as_manifest(),
+        "roles": quantizer.recipe.as_manifest()["roles"],
+        "conditioning": recipe.conditioning.as_manifest(),
         "built_with": built_with(),
     }
     report = None
