@@ -282,8 +282,8 @@ def test_group_size_changes_every_4_bit_role_only() -> None:
 
 def test_a_tied_embedding_takes_the_heads_setting() -> None:
     recipe = Recipe("r", {**load_recipe("int4").roles, "lm_head": INT8})
-    assert recipe.for_model(tied=True).roles["embedding"] == INT8
-    assert recipe.for_model(tied=False).roles["embedding"] == INT4
+    assert recipe.for_model(tied=True, num_layers=4).roles["embedding"] == INT8
+    assert recipe.for_model(tied=False, num_layers=4).roles["embedding"] == INT4
 
 
 def _toml(name: str = "mine", **roles: str) -> str:
