@@ -254,22 +254,23 @@ def render(plan: Plan, *, as_json: bool) -> str:
     """The plan for a person, or as one JSON line."""
     if as_json:
         return json.dumps({"dry_run": True, **asdict(plan)}, sort_keys=True) + "\n"
+    wide = max(18, *(len(role.role) + 2 for role in plan.roles))
     lines = [
         f"would build {plan.name} in {plan.output}",
         f"  from        {plan.source}, {plan.num_layers} layers, {plan.num_parameters / 1e6:.1f} M parameters",
         f"  signatures  {', '.join(plan.signatures)}",
         f"  context     {plan.context_length} tokens, states {_size(plan.state_bytes)}",
         "",
-        f"  {'role':<18}{'parameters':>14}{'bits':>6}{'group':>9}{'size':>12}",
+        f"  {'role':<{wide}}{'parameters':>14}{'bits':>6}{'group':>9}{'size':>12}",
     ]
     for role in plan.roles:
         group = "-" if role.bits >= 16 else role.group_size or "channel"
         lines.append(
-            f"  {role.role:<18}{role.parameters:>14,}{role.bits:>6}{group:>9}{_size(role.size_bytes):>12}"
+            f"  {role.role:<{wide}}{role.parameters:>14,}{role.bits:>6}{group:>9}{_size(role.size_bytes):>12}"
         )
     lines += [
-        f"  {'bundle, about':<18}{'':>29}{_size(plan.bundle_bytes):>12}",
-        f"  {'peak memory of the export, about':<47}{_size(plan.peak_memory_bytes):>12}",
+        f"  {'bundle, about':<{wide}}{'':>29}{_size(plan.bundle_bytes):>12}",
+        f"  {'peak memory of the export, about':<{wide + 29}}{_size(plan.peak_memory_bytes):>12}",
     ]
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines) + "\n"
