@@ -13,7 +13,7 @@ from export.checkpoint.random import RandomCheckpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
 from export.quantize.quantizer import METHODS, Quantizer
-from export.quantize.recipe import BITS, ROLES, Recipe, Setting, load_recipe, names
+from export.quantize.recipe import BITS, PARTS, ROLES, Recipe, Setting, load_recipe, names
 from export.quantize.recipe import METHODS as METHOD_NAMES
 from export.quantize.rtn import LARGEST, LARGEST_WEIGHT, SMALLEST, quantize_block, round_scales
 from export.quantize.tensor import QuantizedBlock
@@ -258,7 +258,7 @@ def test_the_shipped_recipes() -> None:
     for name in names():
         recipe = load_recipe(name)
         assert recipe.name == name
-        assert set(recipe.roles) == set(ROLES)
+        assert set(ROLES) <= set(recipe.roles) <= {*ROLES, *PARTS}
         assert recipe.roles["vision"].bits in (8, 32)
     text = {role: INT4 for role in ROLES if role != "vision"}
     assert load_recipe("int4").roles == {**text, "vision": INT8}
@@ -282,8 +282,8 @@ def test_group_size_changes_every_4_bit_role_only() -> None:
 
 def test_a_tied_embedding_takes_the_heads_setting() -> None:
     recipe = Recipe("r", {**load_recipe("int4").roles, "lm_head": INT8})
-    assert recipe.for_model(tied=True).roles["embedding"] == INT8
-    assert recipe.for_model(tied=False).roles["embedding"] == INT4
+    assert recipe.for_model(tied=True, num_layers=4).roles["embedding"] == INT8
+    assert recipe.for_model(tied=False, num_layers=4).roles["embedding"] == INT4
 
 
 def _toml(name: str = "mine", **roles: str) -> str:
@@ -338,7 +338,7 @@ WRONG_RECIPES: dict[str, tuple[bytes, str]] = {
     ),
     "fp32 groups": (
         _toml(decoder="{ bits = 32, group_size = 32 }").encode(),
-        r"32 bits with groups or zero points; .*leave out group_size and symmetric",
+        r"32 bits with groups, zero points or scales; .*leave out group_size, symmetric and scales",
     ),
     "symmetric": (
         _toml(decoder='{ bits = 4, group_size = 32, symmetric = "no" }').encode(),

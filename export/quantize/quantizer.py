@@ -8,7 +8,7 @@ from torch import Tensor
 
 from export.checkpoint.weights import Weights
 from export.quantize import rtn
-from export.quantize.recipe import Recipe, Setting
+from export.quantize.recipe import Recipe, Setting, layer_of
 from export.quantize.tensor import QuantizedBlock
 from export.spec import ExportError
 
@@ -22,8 +22,9 @@ class Quantizer:
     """One recipe applied to one checkpoint. Nothing is cached but error sums."""
 
     def __init__(self, weights: Weights, recipe: Recipe) -> None:
+        text = weights.config.text
         self.weights = weights
-        self.recipe = recipe.for_model(weights.config.text.tie_word_embeddings)
+        self.recipe = recipe.for_model(text.tie_word_embeddings, text.num_hidden_layers)
         self._errors: dict[str, tuple[float, float]] = {}
 
     def setting(self, name: str) -> Setting | None:
@@ -31,7 +32,7 @@ class Quantizer:
         role = self.weights.parameter(name).role
         if role == "kept":
             return None
-        setting = self.recipe.roles[role]
+        setting = self.recipe.setting(role, layer_of(name))
         return setting if setting.quantised else None
 
     def blocks(self, name: str, first: int = 0, stop: int | None = None) -> Iterator[tuple[int, QuantizedBlock]]:

@@ -1,11 +1,14 @@
-"""Round to nearest with a clipping search.
+"""Round to nearest with a clipping search, or without.
 
 For every group a few scales are tried and the one with the least squared error is kept: shrinking the range
-rounds the bulk finer and clips the tails. All work runs on pieces that fit the cache, a handful of
-vectorised passes per candidate; the result of a row depends on that row alone.
+rounds the bulk finer and clips the tails. With `scales = "absmax"` only the first is tried, which clips nothing.
+All work runs on pieces that fit the cache, a handful of vectorised passes per candidate; the result of a row
+depends on that row alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -62,26 +65,29 @@ def quantize_block(weight: Tensor, setting: Setting) -> QuantizedBlock:
     codes = torch.empty((rows, columns), dtype=torch.int8)
     scales = torch.empty((rows, groups))
     zeros = None if setting.symmetric else torch.empty((rows, groups), dtype=torch.uint8)
+    tried = SHRINK if zeros is not None else STEPS[setting.bits]
+    if setting.scales == "absmax":
+        tried = tried[:1]  # which clips nothing
     step = max(1, PIECE // columns)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         piece = weight[start:stop].reshape(-1, group)
         target = codes[start:stop].view(-1, group)
         if zeros is None:
-            _symmetric(piece, setting.bits, target, scales[start:stop].view(-1))
+            _symmetric(piece, setting.bits, tried, target, scales[start:stop].view(-1))
         else:
-            _asymmetric(piece, target, scales[start:stop].view(-1), zeros[start:stop].view(-1))
+            _asymmetric(piece, tried, target, scales[start:stop].view(-1), zeros[start:stop].view(-1))
     return QuantizedBlock(codes, scales, zeros)
 
 
-def _symmetric(weight: Tensor, bits: int, codes: Tensor, scales: Tensor) -> None:
-    """weight [n, g] -> codes int8 [n, g] and scales [n], written in place."""
+def _symmetric(weight: Tensor, bits: int, tried: Sequence[float], codes: Tensor, scales: Tensor) -> None:
+    """weight [n, g] -> codes int8 [n, g] and scales [n], written in place; `tried`: candidates for absmax / scale."""
     high = (1 << (bits - 1)) - 1
     low = -high - 1 if bits == 4 else -high
     largest = weight.abs().amax(1)
     scaled, rounded = torch.empty_like(weight), torch.empty_like(weight)
     best = torch.full_like(largest, float("inf"))
-    for steps in STEPS[bits]:
+    for steps in tried:
         scale = round_scales(largest / steps)
         torch.mul(weight, (1.0 / scale).unsqueeze(1), out=scaled)
         torch.round(scaled, out=rounded).clamp_(low, high)
@@ -93,12 +99,12 @@ def _symmetric(weight: Tensor, bits: int, codes: Tensor, scales: Tensor) -> None
     codes.copy_(scaled.round_().clamp_(low, high))
 
 
-def _asymmetric(weight: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
-    """4 bits with zero points; zero itself stays exact, since 0 lies inside every kept range."""
+def _asymmetric(weight: Tensor, tried: Sequence[float], codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+    """4 bits with zero points; zero itself stays exact, since 0 lies inside every kept range. `tried`: shares of it."""
     low, high = weight.amin(1).clamp_(max=0), weight.amax(1).clamp_(min=0)
     scaled, rounded = torch.empty_like(weight), torch.empty_like(weight)
     best = torch.full_like(low, float("inf"))
-    for keep in SHRINK:
+    for keep in tried:
         scale = round_scales((high - low) * (keep / 15))
         zero = (-low * keep / scale).round_().clamp_(0, 15)
         torch.mul(weight, (1.0 / scale).unsqueeze(1), out=scaled).add_(zero.unsqueeze(1))

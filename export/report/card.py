@@ -28,6 +28,12 @@ Read `manifest.json` to find out what is inside; it is the contract of this fold
 |---|---|---|
 {% for role, s in m.quantization.roles.items() -%}
 | {{ role }} | {{ s.bits }} | {{ s.group_size or "channel" if s.bits < 16 else "–" }} |
+{% endfor -%}
+{% for table in m.quantization.get("layers", []) -%}
+{% for role, s in table.roles.items() -%}
+| {{ role }} in layers {{ table.first }} to {{ table.last }} | {{ s.bits }} | \
+{{ s.group_size or "channel" if s.bits < 16 else "–" }} |
+{% endfor -%}
 {% endfor %}
 {% if report -%}
 ## Checks

@@ -18,7 +18,7 @@ from export.chat.conversation import Contract
 from export.model import state
 from export.model.positions import splice
 from export.quantize.quantizer import Quantizer
-from export.quantize.recipe import Recipe
+from export.quantize.recipe import general
 from export.validate import metrics, reference
 from export.validate.answers import greedy_tokens, task_accuracy, text_runner
 from export.validate.case import Case, Rung
@@ -150,7 +150,7 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
     ends = [first + valid - 1 for first, _, valid in reference.pieces(len(rows), case.plan)]
     logits = np.stack(replay(session, rows, probe.positions, case.plan, junk=0.0))
     errors = state_errors(case.config, true_states, canonical(case.config, session.states()), len(rows))
-    kind = quality(case.recipe, floats=case.floats)
+    kind = quality(case)
     wanted = truth[ends]
     kl = metrics.kl(wanted, logits)
     agree = metrics.agreement(wanted, logits)
@@ -173,7 +173,7 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
     stepwise = np.stack(replay(session, rows, probe.positions, again, junk=0.0))[ends]
     checks.append(quality_check("chunking", float(metrics.kl(stepwise, logits).mean())))
     if case.pictures:
-        seeing = quality(case.recipe, ("vision",), case.floats)
+        seeing = quality(case, "vision")
         value = worst(case.true_pictures, image_embeddings(session, case.pictures))
         checks.append(gated("L3.vision", value, f"L3.{seeing}.vision", enforced=case.gate_quality))
     series: dict[str, Any] = {"kl": [float(x) for x in kl], "rows": ends, "states": errors}
@@ -190,12 +190,14 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
     return Rung("L3", checks, series, notes), rows, logits
 
 
-def quality(recipe: Recipe, roles: tuple[str, ...] | None = None, floats: str = "float32") -> str:
-    """Which row of the gates a recipe, or some of its roles, is held to: that of its narrowest weights, or of the
-    runtime's activations where nothing is quantised.
+def quality(case: Case, role: str | None = None) -> str:
+    """Which row of the gates a bundle is held to, or the weights of one general role in it: that of the narrowest
+    weights that it really has, or of the runtime's activations where nothing is quantised.
     """
-    bits = min(setting.bits for role, setting in recipe.roles.items() if roles is None or role in roles)
-    return "int4" if bits <= 4 else "int8" if bits <= 8 else "fp32" if floats == "float32" else "fp16"
+    quantizer = Quantizer(case.weights, case.recipe)
+    names = [name for name, p in case.weights.parameters.items() if role is None or general(p.role) == role]
+    bits = min(setting.bits if (setting := quantizer.setting(name)) else 32 for name in names)
+    return "int4" if bits <= 4 else "int8" if bits <= 8 else "fp32" if case.floats == "float32" else "fp16"
 
 
 def climb(case: Case, rungs: tuple[str, ...] = RUNGS, on_rung: Callable[[str], None] = lambda r: None) -> list[Rung]:
