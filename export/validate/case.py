@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
-from export.chat.conversation import chunks
+from export.chat.conversation import Contract, chunks
 from export.checkpoint.base import Checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
 from export.quantize.recipe import Recipe
-from export.validate import reference, transformers_model
+from export.validate import dialogues, reference, transformers_model
+from export.validate.amounts import STEPWISE, Amounts
+from export.validate.chats import Chat
+from export.validate.dialogues import Dialogue
 from export.validate.gates import Check, failed
 from export.validate.probe import Probe, make_probe, picture
 from export.validate.transformers_model import Whole
@@ -55,16 +59,16 @@ class Case:
     threads: int
     tokens: int = 96
     """Length of the probe; the first half is prefilled, the rest decoded."""
-    drift_steps: int = 0
-    """Decode steps of the drift check; 0 leaves it out."""
+    amounts: Amounts = field(default_factory=Amounts)
+    """How much L3 reads and asks beside the probe; by default nothing."""
     gate_quality: bool = True
     """False for random weights, whose L3 says nothing about a real model."""
     task: Callable[[Any], dict[str, float]] | None = None
     """Task accuracy of a generate function, where the checkpoint has a task."""
     text: list[int] | None = None
-    """Token ids the probes are made of (repeated where they are too few); None: random ids."""
-    prompts: list[list[int]] = field(default_factory=list)
-    """Prompts without pictures that are continued greedily; none: that check is left out."""
+    """Token ids that the probe and the run of L3 over a full context are made of; None: random ids."""
+    chats: list[Chat] = field(default_factory=list)
+    """Conversations that L3 has answered."""
 
     @property
     def floats(self) -> str:
@@ -93,6 +97,12 @@ class Case:
         """One picture [3, H, W] for every image size of the bundle."""
         random = np.random.default_rng(2)
         return [picture(random, height, width) for height, width in self.image_sizes]
+
+    @cached_property
+    def pictures_in_chats(self) -> list[NDArray[np.float32]]:
+        """Two pictures [3, H, W] of the bundle's first sizes, or none."""
+        random = np.random.default_rng(3)
+        return [picture(random, height, width) for height, width in (self.image_sizes * 2)[:2]]
 
     @cached_property
     def true_pictures(self) -> list[NDArray[np.float32]]:
@@ -125,13 +135,46 @@ class Case:
         """
         return reference.hf_sequence(self.checkpoint, self.config, self.embedded, self.true_positions, 1)
 
+    @property
+    def drift_steps(self) -> int:
+        """Decode steps at the end of a full cache. Twice as many where states are kept in float16 and the model is
+        small, as it is where it is decoded over more than `STEPWISE` tokens at all.
+        """
+        steps = self.amounts.drift
+        return 2 * steps if self.floats == "float16" and steps > STEPWISE else steps
+
+    @property
+    def share(self) -> int:
+        """Scored positions of each chat, so that all together have those of the amounts."""
+        return -(-self.amounts.positions // max(1, len(self.chats)))
+
+    @cached_property
+    def given(self) -> tuple[list[Dialogue], str]:
+        """The reference's own answers to the chats, none where it does not fit the memory; and a sentence on that."""
+        longest = max((len(chat.ids) for chat in self.chats), default=0)
+        needed, free = (
+            transformers_model.bytes_needed(self.checkpoint, self.config, longest),
+            psutil.virtual_memory().available,
+        )
+        if needed > free:
+            return [], (
+                f"The reference gave no answers of its own: its {needed / 1e9:.1f} GB do not fit into the "
+                f"{free / 1e9:.1f} GB that are free. It read the bundle's, layer by layer."
+            )
+        found = dialogues.reference_answers(self.weights, Contract.of(self.manifest), self.chats, self.share)
+        return found, (
+            "The reference's answers were given by this project's modules in float32 and read by transformers, which "
+            "would have chosen the same tokens in the share that L3.reference_agrees tells."
+        )
+
     @cached_property
     def whole(self) -> Whole:
         """transformers' whole model, run once on the probe; only its logits are kept."""
         return transformers_model.whole_model(self.checkpoint, self.config, self.probe.ids, self.probe.images)
 
 
-def make_plan(tokens: int, lengths: tuple[int, ...]) -> list[tuple[int | None, int]]:
-    prefill = max(1, tokens // 2 + 3)
-    steps: list[tuple[int | None, int]] = list(chunks(min(prefill, tokens), lengths))
-    return steps + [(None, 1)] * (tokens - min(prefill, tokens))
+def make_plan(tokens: int, lengths: tuple[int, ...], stepwise: int = STEPWISE) -> list[tuple[int | None, int]]:
+    """Half of the tokens in chunks, the rest one by one, but no more than `stepwise`."""
+    prefill = min(tokens, max(1, tokens // 2 + 3, tokens - stepwise))
+    steps: list[tuple[int | None, int]] = list(chunks(prefill, lengths))
+    return steps + [(None, 1)] * (tokens - prefill)
