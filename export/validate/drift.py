@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,35 @@ STRESS_STEPS = 16
 """Decode steps of the run with float16 sums, behind the prompt of the probe."""
 
 
-def drift(
-    case: Case,
-    session: Session,
-    quality_check: Callable[[str, float], Check],
-    series: dict[str, Any],
-    notes: list[str],
-) -> tuple[list[Check], Scores]:
+@dataclass(frozen=True)
+class Drift:
+    """What was read to the end of a full cache."""
+
+    scores: Scores
+    """Of every call on the bundle itself; the last `steps` are decode steps."""
+    steps: int
+    context: int
+    by_layout: dict[str, Scores]
+    """Of the decode steps of decoders with other layouts of states."""
+
+    def checks(self, text_check: Callable[[str, float], Check]) -> list[Check]:
+        """Weighted means over the last and the first quarter of the steps."""
+        steps = self.scores[-self.steps :]
+        part = quarter(self.steps)
+        return [
+            text_check("drift", steps[-part:].kl_mean),
+            check("L3.drift_first", steps[:part].kl_mean),
+            check("L3.drift_steps", self.steps),
+            check("L3.drift_context", self.context),
+            *(check(f"L3.drift_{name}", s[-quarter(len(s)) :].kl_mean) for name, s in self.by_layout.items()),
+        ]
+
+
+def drift(case: Case, session: Session, series: dict[str, Any], notes: list[str]) -> Drift:
     """A text read to the end of a full cache, its last tokens one by one: does the recurrent state wander off?
 
     Up to contexts whose reference would take too long. A context without room for all steps behind a first token has
     fewer. Other layouts of states are lowered anew, so that theirs has room for all steps behind a chunk.
-
-    Returns:
-        The checks, and the scores of every call on the bundle itself.
     """
     asked = case.drift_steps
     tokens = min(FULL_CACHE_TOKENS, int(case.manifest["context_length"]))
@@ -65,24 +81,16 @@ def drift(
         return Scores.of(truth[places], logits, came)
 
     read = scores(session, tokens)
-    last, first = read[-steps:][-quarter(steps) :], read[-steps:][: quarter(steps)]
+    by_layout: dict[str, Scores] = {}
     series["drift_kl"] = [float(x) for x in read[-steps:].kl]
-    series["drift_kl_by_layout"] = {}
-    checks = [
-        quality_check("drift", last.kl_mean),
-        check("L3.drift_first", first.kl_mean),
-        check("L3.drift_steps", steps),
-        check("L3.drift_context", tokens),
-    ]
     notes.append(
         f"L3.drift is over {steps:,} decode steps"
         + (f", all that a context of {tokens:,} holds behind a first token." if steps < asked else ".")
     )
     for layout in layouts if compared else ():
         with _in_layout(case, layout, longest) as other:
-            found = scores(other, longest)[-asked:]
-        series["drift_kl_by_layout"][layout] = [float(x) for x in found.kl]
-        checks.append(check(f"L3.drift_{layout}", found[-quarter(asked) :].kl_mean))
+            by_layout[layout] = scores(other, longest)[-asked:]
+    series["drift_kl_by_layout"] = {name: [float(x) for x in found.kl] for name, found in by_layout.items()}
     if compared:
         notes.append(
             f"The drift of other layouts of the states is over {asked:,} decode steps, by decoders lowered "
@@ -93,7 +101,7 @@ def drift(
             "The drift of other layouts of the states was not measured: lowering a model of this size once more for "
             "each would take too long."
         )
-    return checks, read
+    return Drift(read, steps, tokens, by_layout)
 
 
 def _plan(tokens: int, steps: int, lengths: tuple[int, ...]) -> list[tuple[int | None, int]]:

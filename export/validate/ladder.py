@@ -167,11 +167,24 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
     series |= {"picture_kl": [float(x) for x in scored["pictures"].kl], "picture_rows": [ends[n] for n in at_pictures]}
     checks = [quality_check("states", max(errors.values())), quality_check("chunking", _chunking(case, session, rows))]
     text = scored["text"]
-    if case.drift_steps:
-        found, read = drift(case, session, quality_check, series, notes)
-        checks += found
-        text = Scores.joined([text, read])
-    checks = [*_text_checks(case, text, quality_check, notes), *checks]
+    read = drift(case, session, series, notes) if case.drift_steps else None
+    if read is not None:
+        text = Scores.joined([text, read.scores])
+    known = case.text is None or not text.lost(config.text.vocab_size)
+
+    def text_check(name: str, value: float) -> Check:
+        return check(f"L3.{name}", value, f"L3.{kind}.{name}", case.gate_quality and known)
+
+    found = _text_checks(case, text, text_check, notes)
+    if read is not None:
+        found += read.checks(text_check)
+    if not known:
+        notes.append(
+            f"The checkpoint never learned the text of the probe: transformers' perplexity on it is "
+            f"{text.perplexity_reference:,.0f} with a vocabulary of {config.text.vocab_size:,}. What is measured on it "
+            "is recorded without a gate; the answers judge."
+        )
+    checks = [*found, *checks]
     if at_pictures:
         checks.append(check("L3.kl_pictures", float(scored["pictures"].kl.mean())))
     if case.pictures:
@@ -187,16 +200,16 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
 
 
 def _text_checks(
-    case: Case, text: Scores, quality_check: Callable[[str, float], Check], notes: list[str]
+    case: Case, text: Scores, text_check: Callable[[str, float], Check], notes: list[str]
 ) -> list[Check]:
     """Checks at positions whose next token is text, means weighted by the reference's certainty."""
     checks = [
-        quality_check("kl_mean", text.kl_mean),
+        text_check("kl_mean", text.kl_mean),
         check("L3.kl_p99", float(np.quantile(text.kl, 0.99))),
         check("L3.kl_worst", float(text.kl.max())),
-        quality_check("sqnr_db", text.sqnr_db),
-        quality_check("top1", text.top1),
-        quality_check("top5", text.top5),
+        text_check("sqnr_db", text.sqnr_db),
+        text_check("top1", text.top1),
+        text_check("top5", text.top5),
         check("L3.ambiguous", float(text.tie.mean())),
         check("L3.text_positions", len(text)),
         check("L3.certainty", text.certainty),
@@ -214,7 +227,9 @@ def _text_checks(
 
 
 def _chunking(case: Case, session: Session, rows: NDArray[Any]) -> float:
-    """Mean KL of the first `STEPWISE` tokens of the probe in chunks and single steps from all in single steps."""
+    """KL of the first `STEPWISE` tokens of the probe in chunks and single steps from all in single
+    steps, weighted by the certainty of the latter.
+    """
     tokens = min(len(rows), STEPWISE)
     plan = make_plan(tokens, case.prefill_lengths)
     steps: list[tuple[int | None, int]] = [(None, 1)] * tokens
@@ -222,7 +237,7 @@ def _chunking(case: Case, session: Session, rows: NDArray[Any]) -> float:
     chunked, stepwise = (
         np.stack(replay(session, rows[:tokens], case.probe.positions, each, junk=0.0)) for each in (plan, steps)
     )
-    return float(metrics.kl(stepwise[ends], chunked).mean())
+    return Scores.of(stepwise[ends], chunked, [None] * len(ends)).kl_mean
 
 
 def quality(recipe: Recipe, roles: tuple[str, ...] | None = None, floats: str = "float32") -> str:

@@ -3,7 +3,8 @@
 A position at which the reference itself does not know how to go on says little about a bundle: its logits there are
 small differences of guesses, which rounding moves first. So it weighs exp(-H), H being the entropy of the reference's
 distribution in nats: 1 where it is sure, 1/n where it hesitates between n tokens alike. Means over positions are
-weighted so. On text that a checkpoint never learned its weights shrink together, and the surest few decide.
+weighted so. A checkpoint may also be sure and wrong: on a text that it never learned it may do worse than somebody who
+takes each of the V tokens for equally likely. It is `lost` there, and such a text judges nobody.
 """
 
 from __future__ import annotations
@@ -135,6 +136,10 @@ class Scores:
     def perplexity_bundle(self) -> float:
         """Of the same."""
         return float(np.exp(np.nanmean(self.loss_bundle)))
+
+    def lost(self, vocabulary: int) -> bool:
+        """Whether the reference's perplexity of the tokens that came is that of equal chances for all, or more."""
+        return self.perplexity_reference >= vocabulary
 
     @property
     def loss_difference(self) -> float:
