@@ -12,7 +12,7 @@ from export.chat.conversation import Contract, Conversation
 from export.validate import dialogues, metrics, teacher
 from export.validate.case import Case
 from export.validate.dialogues import Dialogue
-from export.validate.gates import Check, check
+from export.validate.gates import Check, gated, recorded
 from export.validate.probe import Probe
 from export.validate.replay import replay
 from export.validate.scores import Scores
@@ -36,7 +36,7 @@ def text_runner(session: Session, probe: Probe, special: set[int]) -> list[Check
     rows = np.asarray(session.run("embed", {"input_ids": np.asarray([ids], np.int64)})["embeddings"][0])
     positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
     logits = np.stack(replay(session, rows, positions, [(None, 1)] * len(ids), junk=0.0))
-    return [check("L3.text_runner", metrics.relative(logits, found))]
+    return [gated("L3.text_runner", metrics.relative(logits, found))]
 
 
 def own_answers(
@@ -63,11 +63,11 @@ def own_answers(
         quality_check("own_kl", joined.kl_mean),
         quality_check("own_top1", joined.top1),
         quality_check("own_perplexity", float(np.exp(-joined.loss_difference))),
-        check("L3.own_positions", len(joined)),
-        check("L3.own_certainty", joined.certainty),
-        check("L3.answered", 1 - float(np.mean(empty)), gated=case.gate_quality),
-        check("L3.stopped_at_once", sum(early), gated=case.gate_quality),
-        check("L3.one_token", sum(stuck), gated=case.gate_quality),
+        recorded("L3.own_positions", len(joined)),
+        recorded("L3.own_certainty", joined.certainty),
+        gated("L3.answered", 1 - float(np.mean(empty)), enforced=case.gate_quality),
+        gated("L3.stopped_at_once", sum(early), enforced=case.gate_quality),
+        gated("L3.one_token", sum(stuck), enforced=case.gate_quality),
     ]
     series["chats"] = [d.chat.name for d in own]
     series["own_kl"] = [s.kl_mean for s in scored]
@@ -82,8 +82,8 @@ def own_answers(
             quality_check("given_kl", joined.kl_mean),
             quality_check("given_top1", joined.top1),
             quality_check("given_perplexity", float(np.exp(joined.loss_difference))),
-            check("L3.given_positions", len(joined)),
-            check("L3.reference_agrees", ours.top1, gated=case.gate_quality),
+            recorded("L3.given_positions", len(joined)),
+            gated("L3.reference_agrees", ours.top1, enforced=case.gate_quality),
         ]
         series["given_kl"] = [s.kl_mean for s in scored]
         amount += f" and {len(joined):,} of the reference's"
@@ -138,10 +138,10 @@ def task_accuracy(
     series["task"] = {"reference": expected, "bundle": scores}
     drops = [100 * (expected[name] - score) for name, score in scores.items()]
     checks = [
-        check("L3.task_reference", float(np.mean(list(expected.values()))), gated=case.gate_quality),
+        gated("L3.task_reference", float(np.mean(list(expected.values()))), enforced=case.gate_quality),
         quality_check("task_drop", float(np.mean(drops))),
     ]
-    return [*checks, *(check(f"L3.task.{name}", score) for name, score in scores.items())]
+    return [*checks, *(recorded(f"L3.task.{name}", score, "L3.task") for name, score in scores.items())]
 
 
 def generator(session: Any, contract: Contract) -> Callable[[list[NDArray[Any]], list[int]], list[int]]:

@@ -16,7 +16,7 @@ from export.chat.conversation import chunks
 from export.quantize.quantizer import Quantizer
 from export.validate import metrics, reference
 from export.validate.case import Case, Rung
-from export.validate.gates import Check, check
+from export.validate.gates import Check, recorded
 from export.validate.lowered import shallow
 from export.validate.probe import make_probe
 from export.validate.reference import pieces
@@ -47,10 +47,13 @@ class Drift:
         part = quarter(self.steps)
         return [
             text_check("drift", steps[-part:].kl_mean),
-            check("L3.drift_first", steps[:part].kl_mean),
-            check("L3.drift_steps", self.steps),
-            check("L3.drift_context", self.context),
-            *(check(f"L3.drift_{name}", s[-quarter(len(s)) :].kl_mean) for name, s in self.by_layout.items()),
+            recorded("L3.drift_first", steps[:part].kl_mean),
+            recorded("L3.drift_steps", self.steps),
+            recorded("L3.drift_context", self.context),
+            *(
+                recorded(f"L3.drift_{name}", each[-quarter(len(each)) :].kl_mean, "L3.drift_layout")
+                for name, each in self.by_layout.items()
+            ),
         ]
 
 
@@ -153,7 +156,7 @@ def stress(case: Case, session: Session, rows: NDArray[Any], logits: NDArray[Any
     stressed = np.stack(replay(session, rows[:tokens], case.probe.positions, plan, junk=0.0))
     kl = metrics.kl(logits[: len(plan)], stressed)
     rung.series["stress_kl"] = [float(x) for x in kl]
-    rung.checks.append(check("L3.stress_kl", float(kl.mean())))
+    rung.checks.append(recorded("L3.stress_kl", float(kl.mean())))
     rung.notes.append(
         f"L3.stress_kl is the KL of the bundle from itself, emulated with sums rounded to float16 as they grow, after "
         f"{len(plan)} calls on the first {tokens} tokens: it shows sensitivity and is no model of any device."

@@ -21,7 +21,7 @@ from export.sizes import SHIPPED, TINY
 from export.spec import UsageError
 from export.validate import chats, latency, task, texts
 from export.validate.amounts import Amounts, amounts_for
-from export.validate.case import Case
+from export.validate.case import Case, Known
 from export.validate.ladder import RUNGS, climb
 from export.validate.probe import image_tokens
 from targets.base import Finding, Target, grouped
@@ -40,13 +40,14 @@ def judge(
     with_latency: bool = True,
     amounts: Amounts | None = None,
     on_findings: Callable[[list[Finding]], None] = lambda findings: None,
+    known: Known | None = None,
 ) -> dict[str, Any]:
     """Run the linter and the rungs on a bundle folder and measure it.
 
     Args:
         rungs: the linter runs with all of them only. amounts: how much L3 reads and asks; None: by the size of the
             model, and nothing beside the probe for random weights. on_findings: is given what the linter found before
-            the first rung; raises to stop here.
+            the first rung; raises to stop here. known: what cases of this checkpoint share, for several bundles of it.
 
     Returns:
         The content of parity.json, and under "latency" that of latency.json. "measured" says where the numbers of L1
@@ -74,6 +75,7 @@ def judge(
         tokens=amounts.probe + sum(pictures),
         amounts=amounts,
         gate_quality=not random,
+        known={} if known is None else known,
     )
     refused: list[str] = []
     if not random and "tokenizer.json" in manifest["tokenizer"]["files"]:
@@ -84,7 +86,7 @@ def judge(
         skills = _skills(checkpoint, config, manifest)
         if skills:
             case.task = lambda generate: task.evaluate(generate, tokenizer, tasks=skills)
-            case.text = task.text(tokenizer, int(manifest["context_length"]))
+            case.text, case.familiar = task.text(tokenizer, int(manifest["context_length"])), True
     results = []
     for rung in rungs:
         with stage(f"validate {rung}"):
