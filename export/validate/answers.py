@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from export.chat.conversation import Contract, Conversation
-from export.validate import dialogues, metrics, teacher
+from export.validate import dialogues, metrics
 from export.validate.case import Case
 from export.validate.dialogues import Dialogue
 from export.validate.gates import Check, gated, recorded
@@ -21,6 +21,7 @@ from targets.base import Session
 RUNNER_TOKENS = 24
 """Of text, from the probe, that a runtime's own runner is compared on."""
 
+Logits = NDArray[np.float32]
 UNEXPECTED = 0.1
 """A stop that the reference gives a smaller probability is none that rounding explains."""
 REPEATED = 4
@@ -53,7 +54,7 @@ def own_answers(
     """
     share = case.share
     own = [dialogues.answer(session, contract, chat, share) for chat in case.chats]
-    scored = score(case, contract, own, [dialogue.logits for dialogue in own])
+    scored = score(case, contract, own, case.read(own), [dialogue.logits for dialogue in own])
     joined = Scores.joined(scored)
     stops = contract.stop_token_ids
     empty = [len(dialogue.first_answer(stops)) == 0 for dialogue in own]
@@ -74,10 +75,10 @@ def own_answers(
     amount = f"{len(joined):,} positions of the bundle's own answers to {len(own)} conversations"
     given, note = case.given
     if given:
-        logits = [dialogues.along(session, contract, dialogue) for dialogue in given]
-        scored = score(case, contract, given, logits)
+        truth = case.given_truth
+        scored = score(case, contract, given, truth, [dialogues.along(session, contract, each) for each in given])
         joined = Scores.joined(scored)
-        ours = Scores.joined(score(case, contract, given, [dialogue.logits for dialogue in given]))
+        ours = Scores.joined(score(case, contract, given, truth, [each.logits for each in given]))
         checks += [
             quality_check("given_kl", joined.kl_mean),
             quality_check("given_top1", joined.top1),
@@ -92,11 +93,9 @@ def own_answers(
 
 
 def score(
-    case: Case, contract: Contract, answered: Sequence[Dialogue], logits: Sequence[NDArray[Any]]
+    case: Case, contract: Contract, answered: Sequence[Dialogue], truth: Sequence[Logits], logits: Sequence[Logits]
 ) -> list[Scores]:
-    """transformers' logits beside those given [places, V] of each dialogue, both without ids that are never sampled."""
-    readings = [dialogue.reading(case.checkpoint, case.config) for dialogue in answered]
-    truth = teacher.hf_logits(case.checkpoint, case.config, readings)
+    """transformers' logits beside others [places, V] of each dialogue, both without ids that are never sampled."""
     kept = np.isfinite(contract.mask(np.zeros(case.config.text.vocab_size, np.float32)))
     numbers = np.cumsum(kept) - 1
     return [

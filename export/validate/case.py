@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from export.checkpoint.base import Checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
 from export.quantize.recipe import Recipe
-from export.validate import dialogues, reference, transformers_model
+from export.validate import dialogues, reference, teacher, transformers_model
 from export.validate.amounts import STEPWISE, Amounts
 from export.validate.chats import Chat
 from export.validate.dialogues import Dialogue
@@ -205,6 +205,17 @@ class Case:
             "The reference's answers were given by this project's modules in float32 and read by transformers, which "
             "would have chosen the same tokens in the share that L3.reference_agrees tells."
         )
+
+    @cached_property
+    def given_truth(self) -> list[NDArray[np.float32]]:
+        """transformers' logits [places, V] along each of the reference's answers."""
+        answers = self.given[0]
+        return self.once("given truth", lambda: self.read(answers), tuple(tuple(each.ids) for each in answers))
+
+    def read(self, answered: Sequence[Dialogue]) -> list[NDArray[np.float32]]:
+        """transformers' logits [places, V] along each dialogue."""
+        readings = [dialogue.reading(self.checkpoint, self.config) for dialogue in answered]
+        return teacher.hf_logits(self.checkpoint, self.config, readings)
 
     @cached_property
     def whole(self) -> Whole:

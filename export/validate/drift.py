@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from export.chat.conversation import chunks
 from export.quantize.quantizer import Quantizer
-from export.validate import metrics, reference
+from export.validate import metrics, reference, teacher
 from export.validate.case import Case, Rung
 from export.validate.gates import Check, recorded
 from export.validate.lowered import shallow
@@ -22,7 +22,7 @@ from export.validate.probe import make_probe
 from export.validate.reference import pieces
 from export.validate.replay import replay
 from export.validate.scores import Scores
-from export.validate.teacher import Reading, hf_logits
+from export.validate.teacher import Reading
 from targets.base import UNBOUNDED, Job, Session
 
 FULL_CACHE_TOKENS = 4096
@@ -74,8 +74,12 @@ def drift(case: Case, session: Session, series: dict[str, Any], notes: list[str]
     plans = {size: _plan(size, min(asked, size - 1), case.prefill_lengths) for size in (tokens, longest)}
     ends = {size: [first + valid - 1 for first, _, valid in pieces(size, plan)] for size, plan in plans.items()}
     wanted = sorted({end for places in ends.values() for end in places})
-    reading = Reading(reference.embed(case.checkpoint, text.ids), text.positions, wanted)
-    truth = hf_logits(case.checkpoint, case.config, [reading])[0]
+
+    def read_by_transformers() -> NDArray[np.float32]:
+        reading = Reading(reference.embed(case.checkpoint, text.ids), text.positions, wanted)
+        return teacher.hf_logits(case.checkpoint, case.config, [reading])[0]
+
+    truth = case.once("text", read_by_transformers, tuple(text.ids), tuple(wanted))
 
     def scores(opened: Session, size: int) -> Scores:
         logits = np.stack(replay(opened, rows[:size], text.positions, plans[size], junk=0.0))
