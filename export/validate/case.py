@@ -47,7 +47,7 @@ class Rung:
         return {"status": self.status, "checks": checks, "series": self.series, "notes": self.notes}
 
 
-Known = dict[Hashable, Any]
+Known = dict[tuple[Hashable, ...], Any]
 """What was computed of a checkpoint and a probe, for the next bundle of the same checkpoint; see `Case.once`."""
 Result = TypeVar("Result")
 
