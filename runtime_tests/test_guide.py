@@ -192,7 +192,7 @@ def test_the_page_tells_what_the_commands_print(page: Page) -> None:
     """Sizes of --dry-run, the ladder of `validate`, the answer of `run`, two bundles side by side."""
     assert "would build qwen3.5-tiny-onnx-int4" in page.result("--dry-run").out
     ladder = page.result("validate my-adapter-bundle").out
-    for check in ("L0.whole_model", "L1.logits", "L2.mismatches", "L3.kl_mean"):
+    for check in ("L0.whole_model", "L1.logits", "L2.mismatches", "L3.own_kl"):
         assert re.search(rf"^{re.escape(check)} .*PASS", ladder, re.MULTILINE), ladder
     assert "LoRA of rank 8 and alpha 16" in page.result("-o my-adapter-bundle").err
     assert "note: an answer stops at <|im_end|>" in page.result("-o my-bundle").err
