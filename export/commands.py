@@ -137,7 +137,7 @@ def validate(options: argparse.Namespace) -> int:
     several = len(bundles) > 1
     reporter = Reporter(quiet=options.quiet, json_lines=options.json)
     checkpoint = open_source(bundles[0], options.checkpoint, options.adapter)
-    known: dict[Hashable, Any] = {}
+    known: dict[tuple[Hashable, ...], Any] = {}
     reports = [_climb(b, checkpoint, options, reporter, known, alone=not several) for b in bundles]
     if (several or page) and not options.rung:
         # One after the other, after all ladders: the speed of a shared host changes with time.
@@ -175,7 +175,7 @@ def _climb(
     checkpoint: Any,
     options: argparse.Namespace,
     reporter: Reporter,
-    known: dict[Hashable, Any],
+    known: dict[tuple[Hashable, ...], Any],
     *,
     alone: bool,
 ) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from export.__main__ import main
 from export.quantize.recipe import load_recipe
 from export.report import card, comparison, page
 from export.validate import drift, judge
+from export.validate.amounts import Amounts
 from export.validate.case import Case
 from export.validate.ladder import l3
 from export.validate.probe import make_probe
@@ -91,7 +92,7 @@ def report(model: MemoryCheckpoint, bundle: tuple[Path, dict[str, Any]]) -> dict
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(target), "lint", lint)
         found = judge.judge(
-            model, config, RECIPE, target, folder, manifest, 1, silent, with_latency=False, drift_steps=STEPS
+            model, config, RECIPE, target, folder, manifest, 1, silent, with_latency=False, amounts=Amounts(64, STEPS)
         )
     assert seen == [True]
     return json.loads(json.dumps(found))
@@ -139,7 +140,7 @@ def test_a_large_model_is_not_compared_by_layout_and_says_so(
     monkeypatch.setattr(drift, "shallow", lambda config: config.truncated(1))
     config, target = model.model_config, load_target("coreml")
     found = judge.judge(
-        model, config, RECIPE, target, *bundle, 1, silent, rungs=("L3",), with_latency=False, drift_steps=8
+        model, config, RECIPE, target, *bundle, 1, silent, rungs=("L3",), with_latency=False, amounts=Amounts(64, 8)
     )
     rung = found["rungs"]["L3"]
     assert "lint" not in found, "only the whole ladder is"
