@@ -25,9 +25,8 @@ from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe, load_recipe
 from export.sizes import CUSTOM, shipped_tiny
 from export.spec import ExportSpec, UsageError
-from export.validate import metrics, reference
+from export.validate import metrics, reference, texts
 from export.validate.gates import GATES
-from export.validate.judge import PASSAGE
 from export.validate.probe import make_probe
 from export.validate.replay import replay
 from runtime_tests import twins
@@ -306,7 +305,7 @@ def _positions(ids: list[int]) -> NDArray[np.int32]:
 @pytest.fixture(scope="module")
 def passage(tiny: dict[str, Checkpoint]) -> tuple[list[int], NDArray[np.float32]]:
     """The shipped passage and what the original says to it."""
-    ids: list[int] = load_tokenizer(shipped_tiny())(PASSAGE, add_special_tokens=False)["input_ids"][:150]
+    ids = texts.text(load_tokenizer(shipped_tiny()))[:150]
     original = tiny["original"]
     rows = reference.embed(original, ids)
     truth, _ = reference.hf_sequence(original, original.model_config, rows, _positions(ids), 64)
