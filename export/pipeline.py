@@ -64,7 +64,7 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
         progress.notice(notice)
     weights = Weights(checkpoint, config)
     check_request(spec, target, weights, recipe)
-    quantizer = Quantizer(weights, recipe)
+    quantizer = Quantizer(weights, recipe, target.capabilities.smallest_scale)
     key = {
         **spec.build_key(),
         "content": checkpoint.content_key(),
