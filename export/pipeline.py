@@ -65,7 +65,7 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
         progress.notice(notice)
     weights = weights_for(checkpoint, config, recipe.conditioning)
     check_request(spec, target, weights, recipe)
-    quantizer = Quantizer(weights, recipe)
+    quantizer = Quantizer(weights, recipe, target.capabilities.smallest_scale)
     described = quantizer.recipe.as_manifest()
     key = {
         **spec.build_key(),

@@ -45,6 +45,8 @@ class Capabilities:
     """Weight width -> dtype in which the runtime multiplies activations with such weights."""
     scale_bytes: int
     """Of one group's scale at 4 bits, as the files hold it."""
+    smallest_scale: float = 2.0**-24
+    """No scale is smaller. Float16 with its subnormal numbers holds this one, and every format of wider exponents."""
     floats: str = "float32"
     """What is not quantised is stored as this, and states, embeddings and logits are."""
     profiles: tuple[str, ...] = ("cpu",)

@@ -127,7 +127,7 @@ def _in_layout(case: Case, layout: str, context_length: int) -> Iterator[Session
     with tempfile.TemporaryDirectory(prefix="drift-", dir=place) as scratch:
         job = Job(
             case.weights.config,
-            Quantizer(case.weights, case.recipe),
+            Quantizer(case.weights, case.recipe, case.target.capabilities.smallest_scale),
             context_length,
             case.prefill_lengths,
             (),

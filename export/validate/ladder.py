@@ -7,6 +7,7 @@ lowerings must fail here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
@@ -24,7 +25,7 @@ from export.validate.amounts import STEPWISE
 from export.validate.answers import own_answers, task_accuracy, text_runner
 from export.validate.case import Case, Rung, make_plan
 from export.validate.drift import drift, stress
-from export.validate.gates import Check, gated, recorded
+from export.validate.gates import GATES, Check, gated, recorded
 from export.validate.lowered import l1
 from export.validate.probe import picture_tokens
 from export.validate.replay import canonical, image_embeddings, replay, state_errors, worst
@@ -70,8 +71,10 @@ def _l0(case: Case) -> Rung:
 
 
 def l2(case: Case) -> Rung:
-    """Every weight of the artifact, dequantised, against the quantiser's reference, bit for bit."""
-    quantizer = Quantizer(case.weights, case.recipe)
+    """Every weight of the artifact, dequantised, against the quantiser's reference, bit for bit; and how far that
+    reference is from the checkpoint, tensor by tensor.
+    """
+    quantizer = Quantizer(case.weights, case.recipe, case.target.capabilities.smallest_scale)
     compared, wrong, names = 0, 0, []
     seen: dict[Any, int] = {}
     for name, (start, block) in case.target.stored_weights(case.folder, case.manifest, quantizer):
@@ -79,9 +82,7 @@ def l2(case: Case) -> Rung:
         if size:
             expected = _positions(quantizer, parameter, size)
         else:
-            expected = quantizer.reference_rows(parameter, start, start + len(block))
-        if case.floats == "float16" and quantizer.setting(parameter) is None and not size:
-            expected = expected.half().float()
+            expected = quantizer.reference_rows(parameter, start, start + len(block), case.floats)
         # As bits: a NaN differs from itself, and -0 is another weight than 0 only in name.
         different = expected.numel()
         if expected.numel() == block.numel():
@@ -93,12 +94,24 @@ def l2(case: Case) -> Rung:
         if different and name not in names:
             names.append(name)
     missing = sorted(set(_expected(case, quantizer, seen)))
+    errors = dict(sorted(quantizer.relative_errors().items(), key=lambda item: _worse(item[1]), reverse=True))
     checks = [
         gated("L2.mismatches", wrong),
         gated("L2.missing", len(missing)),
+        gated("L2.tensor_error", next(iter(errors.values()), 0.0)),
         recorded("L2.weights", compared),
     ]
-    return Rung("L2", checks, {"wrong": names, "missing": missing})
+    notes = [
+        f"{name} was lost in storage: its error is {error:.0%} of its own size. Store its role with more bits, or "
+        "scale the tensor up in the checkpoint, and down what reads it."
+        for name, error in errors.items()
+        if not GATES["L2.tensor_error"].passes(error)
+    ]
+    return Rung("L2", checks, {"wrong": names, "missing": missing, "tensor_errors": errors}, notes)
+
+
+def _worse(error: float) -> float:
+    return math.inf if math.isnan(error) else error
 
 
 def _content(quantizer: Quantizer, name: str) -> tuple[Any, ...]:
