@@ -6,6 +6,7 @@ a bundle has none: another target, other rungs, a checkpoint without a task.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,10 +189,10 @@ PAGE = """<header><h1>{{ title }}</h1>
 {% for caption, rows in groups %}{% if rows %}<div class="wide" tabindex="0"><table class="compared">
 {%- if caption %}<caption>{{ caption }}</caption>{% endif %}
 <thead><tr><th scope="col">{{ "Check" if caption else "" }}</th>{% for c in columns %}
-<th scope="col" class="n wrap">{{ c.name }}</th>{% endfor %}</tr></thead><tbody>
+<th scope="col" class="n">{{ c.name }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in rows %}<tr><th scope="row">{{ row.label }}
 {%- if row.meaning %}<div class="reason">{{ row.meaning }}</div>{% endif %}</th>{% for cell in row.cells %}
-<td class="n wrap"><span class="{{ cell.status }}">{{ cell.text }}</span>
+<td class="n"><span class="{{ cell.status }}">{{ cell.text }}</span>
 {%- if cell.gate %}<div class="reason">{{ cell.gate }}</div>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endif %}{% endfor %}</section>
 {% endfor %}
@@ -203,7 +204,7 @@ PAGE = """<header><h1>{{ title }}</h1>
 def render(columns: Sequence[Column]) -> str:
     """The page; deterministic but for measured numbers."""
     return style.template(PAGE).render(
-        title=" · ".join(c.name for c in columns),
+        title=columns[0].name if len(columns) == 1 else f"{len(columns)} bundles side by side",
         verdict=verdict(columns),
         columns=columns,
         m=columns[0].manifest,
@@ -271,16 +272,18 @@ def plotted(columns: Sequence[Column]) -> Iterator[Plot]:
     names = [c.name for c in columns]
     sizes = {"MB": [c.size_bytes / 1e6 for c in columns]}
     yield plots.bars("Size on disk", "Shorter is smaller:", names, sizes)
-    timed = [c for c in columns if c.timed]
-    entries = [c.latency for c in timed if c.latency is not None]
-    if entries:
-        names = [c.name for c in timed]
+
+    def timed(show: Callable[[dict[str, Any]], float]) -> list[float]:
+        return [show(c.latency) if c.latency is not None and c.timed else math.nan for c in columns]
+
+    if any(c.timed for c in columns):
         fast = {
-            f"{phase}, tokens/s": [e[phase]["tokens_per_s_median"] for e in entries] for phase in ("prefill", "decode")
+            "prefill, tokens/s": timed(lambda e: e["prefill"]["tokens_per_s_median"]),
+            "decode, tokens/s": timed(lambda e: e["decode"]["tokens_per_s_median"]),
         }
         yield plots.bars("Speed on this host", "Longer is faster:", names, fast)
         full = {
-            "peak memory, MiB": [e["peak_memory_bytes"] / 2**20 for e in entries],
-            "a token reads, MB": [e["decode_bytes"] / 1e6 for e in entries],
+            "peak memory, MiB": timed(lambda e: e["peak_memory_bytes"] / 2**20),
+            "a token reads, MB": [math.nan if c.latency is None else c.latency["decode_bytes"] / 1e6 for c in columns],
         }
         yield plots.bars("Memory on this host", "Shorter is less:", names, full)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,8 @@ CHECKS = """{% macro table(checks, caption) %}<div class="wide" tabindex="0"><ta
 <thead><tr><th scope="col">Check</th><th scope="col" class="n">Value</th><th scope="col">Gate</th></tr></thead><tbody>
 {% for c in checks %}{% set said = words(c.name) %}<tr><th scope="row"><code>{{ c.name }}</code>
 <div>{{ said.measures }}</div><div class="reason">If bad: {{ said.bad }}</div>
-{%- if c.reason %}<div class="reason">Why this gate: {{ c.reason }}.</div>{% endif %}</th>
+{%- if c.reason %}<div class="reason">Why {{ "this" if c.limit is not none else "no" }} gate: {{ c.reason }}.</div>
+{%- endif %}</th>
 <td class="n">{{ shown(c) }}</td><td class="g"><span class="{{ c.status }}">{{ status[c.status] }}</span>
 {%- if c.limit is not none %}<div class="reason">{{ gate(c) }}</div>{% endif %}</td></tr>
 {% endfor %}</tbody></table></div>{% endmacro %}
@@ -145,9 +147,10 @@ def _tensors(rungs: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     """(name, relative error, its share of the worst in %) of the tensors that rounding changed most."""
     errors = rungs["L2"]["series"].get("tensor_errors", {}) if "L2" in rungs else {}
     worst = sorted(errors.items(), key=lambda item: float(item[1]), reverse=True)[:WORST]
+    most = max((float(error) for _, error in worst if math.isfinite(float(error))), default=1.0)
     for name, error in worst:
-        most = plots.positive(worst[0][1])
-        yield name, f"{float(error):.3g}", round(100 * plots.positive(error) / most, 1)
+        share = float(error) / most if math.isfinite(float(error)) and most else 1.0
+        yield name, f"{float(error):.3g}", round(100 * share, 1)
 
 
 def _plots(rungs: dict[str, Any]) -> Iterator[Plot]:

@@ -9,6 +9,7 @@ import io
 import math
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,10 @@ KINDS = {
     "key": "keys (full attention)",
     "value": "values (full attention)",
 }
+POINTS = 96
+"""Of a curve at most: more of them, of several bundles, cover each other."""
+NAME = 28
+"""Characters of a name in one line beside a bar."""
 FLOOR = 1e-9
 """Zero, on a logarithmic axis."""
 
@@ -86,19 +91,22 @@ def _of_kind(series: Mapping[str, float | str], kind: str) -> dict[int, float]:
 def lines(
     title: str, meaning: str, axis: str, series: Mapping[str, tuple[Sequence[int], Sequence[float | str]]]
 ) -> Plot:
-    """For each label a curve (x, y) over `axis`; the caption gives each one's median and largest value."""
+    """For each label a curve (x, y) over `axis`, of means over windows where there are many points; the caption gives
+    each one's median and largest value.
+    """
+    window = math.ceil(max(len(x) for x, _ in series.values()) / POINTS)
 
     def paint(drawing: Figure) -> None:
         axes = drawing.subplots()
         for label, (x, y), colour in _coloured(series):
-            axes.plot(x, [positive(v) for v in y], lw=1, label=label, color=colour)
+            axes.plot(*_means(x, y, window), lw=1.2, label=label, color=colour)
         axes.set_xlabel(axis)
         axes.grid(alpha=0.7)
         _whole_numbers(axes)
-        _logarithmic(axes, [v for _, y in series.values() for v in y])
+        _logarithmic(axes, [v for x, y in series.values() for v in _means(x, y, window)[1]])
         _legend(drawing, series)
 
-    caption = [meaning]
+    caption = [meaning, *([f"The curve shows means of {window}."] if window > 1 else [])]
     for label, (x, y) in series.items():
         values = [_finite(v, math.inf) for v in y]
         worst = max(range(len(values)), key=values.__getitem__)
@@ -109,16 +117,26 @@ def lines(
     return _plot(title, " ".join(caption), paint, height=3)
 
 
+def _means(x: Sequence[int], y: Sequence[float | str], window: int) -> tuple[list[float], list[float]]:
+    """Of every `window` points in a row; where one of them is not finite there is a gap."""
+    places = range(0, len(x), window)
+    means = [statistics.fmean(positive(v) for v in y[i : i + window]) for i in places]
+    return [statistics.fmean(x[i : i + window]) for i in places], means
+
+
 def bars(title: str, meaning: str, names: Sequence[str], panels: Mapping[str, Sequence[float]]) -> Plot:
-    """A bar for each name in every panel (label -> values), the first name on top; the value stands beside it."""
+    """A bar for each name in every panel (label -> values), the first name on top; the value stands beside it, or a
+    dash where it is NaN: not measured.
+    """
 
     def paint(drawing: Figure) -> None:
         grid = drawing.subplots(1, len(panels), squeeze=False, sharey=True).flat
         for panel, (label, values) in zip(grid, panels.items(), strict=True):
             colours = [SERIES[place % len(SERIES)] for place in range(len(names))]
-            drawn = panel.barh(range(len(names)), values, color=colours, height=0.6)
+            widths = [0 if math.isnan(value) else value for value in values]
+            drawn = panel.barh(range(len(names)), widths, color=colours, height=0.6)
             panel.bar_label(drawn, [amount(value) for value in values], padding=3)
-            panel.set_yticks(range(len(names)), names)
+            panel.set_yticks(range(len(names)), [textwrap.fill(name, NAME) for name in names])
             panel.set_xlabel(label)
             panel.set_xticks([0])
             panel.margins(x=0.3)
@@ -133,7 +151,9 @@ def bars(title: str, meaning: str, names: Sequence[str], panels: Mapping[str, Se
 
 
 def amount(value: float) -> str:
-    """A positive number in about three digits."""
+    """A positive number in about three digits; a dash for NaN."""
+    if math.isnan(value):
+        return "–"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
 
 
