@@ -224,7 +224,7 @@ def verdict(columns: Sequence[Column]) -> Verdict:
     else:
         said = f"all {len(columns)} bundles passed every gate they were held to."
     small = min(columns, key=lambda c: c.size_bytes)
-    said += f" The smallest is {small.name} ({megabytes(small.size_bytes)})"
+    said += f" The smallest is {small.name} ({megabytes(small.size_bytes)} on disk)"
     known = {c.name: kl for c in columns if (kl := value(c.report, "L3", "L3.kl_mean")) is not None}
     if known:
         near = min(known, key=known.__getitem__)
@@ -240,7 +240,7 @@ def _sections(columns: Sequence[Column]) -> Iterator[tuple[str, str, list[tuple[
     if measured is not None:
         yield (
             "On this host",
-            f"Medians with {measured['decode']['threads']} threads, wall clock of the machine that ran the comparison, "
+            f"Medians, {measured['decode']['threads']} thread(s), wall clock of the machine that ran the comparison, "
             "each bundle in a process of its own. Peak memory is what that process grew by. A phone differs.",
             [("", speeds(columns))],
         )
