@@ -59,11 +59,12 @@ def built(model: MemoryCheckpoint, folder: Path) -> dict[str, Any]:
     """A bundle's files; the manifest holds what the ladder and the reports read of it."""
     _, manifest, _ = build(model, folder, RECIPE, "coreml", context=CONTEXT, lengths=LENGTHS, **CUT)
     target = load_target("coreml")
-    manifest["target"] |= {"runtime": target.runtime}
+    manifest["target"] |= {"runtime": target.runtime, "min_version": "iOS18"}
     manifest["tokenizer"]["files"] = []
     return manifest | {
         "name": "small-coreml",
-        "model": {"size": "0.8b", "variant": "instruct", "license": "unknown", "source": {"kind": "random", "id": "m"}},
+        "model": {"size": "0.8b", "variant": "instruct", "license": "unknown", "num_parameters": 1,
+                  "source": {"kind": "random", "id": "m"}},
         "quantization": RECIPE.as_manifest(),
         "files": [],
     }

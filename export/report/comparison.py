@@ -17,7 +17,7 @@ from export.report import verdict as judgement
 from export.report.card import gate, number, source
 from export.report.facts import megabytes
 from export.report.plots import Plot, amount
-from export.report.verdict import FAIL, PASS, Verdict, value
+from export.report.verdict import FAIL, OPEN, PASS, Verdict, value
 from export.report.words import RUNGS, words
 
 NONE = "–"
@@ -75,12 +75,19 @@ class Row:
     meaning: str = ""
 
 
+def standing(column: Column) -> dict[str, Any]:
+    """What a verdict is worth: the rungs it is of, and the status that the bundle itself bears."""
+    return {"climbed": sorted(column.report["rungs"]), "status": column.manifest["status"]}
+
+
 def facts(columns: Sequence[Column]) -> list[Row]:
     """What each bundle is, the verdict on it, and its size."""
     return [
         _row("target", columns, lambda c: c.manifest["target"]["name"]),
         _row("recipe", columns, lambda c: c.manifest["quantization"]["recipe"]),
-        Row("status", tuple(_verdict(c.report["passed"]) for c in columns)),
+        Row("verdict", tuple(_verdict(c.report["passed"]) for c in columns)),
+        _row("of the rungs", columns, lambda c: ", ".join(standing(c)["climbed"])),
+        _row("status of the bundle", columns, lambda c: standing(c)["status"]),
         _row("context", columns, lambda c: f"{c.manifest['context_length']:,}"),
         _row("prefill lengths", columns, lambda c: ", ".join(map(str, c.manifest["prefill_lengths"]))),
         _row("pictures", columns, lambda c: ", ".join(f"{h}×{w}" for h, w in c.manifest["image_sizes"]) or NONE),
@@ -171,6 +178,7 @@ def as_json(columns: Sequence[Column]) -> dict[str, Any]:
                 "target": c.manifest["target"]["name"],
                 "recipe": c.manifest["quantization"]["recipe"],
                 "bytes": c.size_bytes,
+                **standing(c),
                 "report": c.report,
             }
             for c in columns
@@ -223,13 +231,19 @@ def verdict(columns: Sequence[Column]) -> Verdict:
         said = f"{len(bad)} of {len(columns)} bundles failed a gate: {names}."
     else:
         said = f"all {len(columns)} bundles passed every gate they were held to."
+    climbed = [rung for rung in RUNGS if all(rung in c.report["rungs"] for c in columns)]
+    whole = len(climbed) == len(RUNGS)
+    if not whole:
+        said += f" Only {', '.join(climbed) or 'parts'} of the ladder was checked for all."
     small = min(columns, key=lambda c: c.size_bytes)
     said += f" The smallest is {small.name} ({megabytes(small.size_bytes)} on disk)"
     known = {c.name: kl for c in columns if (kl := value(c.report, "L3", "L3.kl_mean")) is not None}
     if known:
         near = min(known, key=known.__getitem__)
         said += f", the closest to the original {near} (KL {known[near]:.2g} nats)"
-    return Verdict(FAIL if bad else PASS, "Rejected" if bad else "Passed", f"{said}.")
+    if bad:
+        return Verdict(FAIL, "Rejected", f"{said}.")
+    return Verdict(PASS, "Passed", f"{said}.") if whole else Verdict(OPEN, "Not judged as a whole", f"{said}.")
 
 
 def _sections(columns: Sequence[Column]) -> Iterator[tuple[str, str, list[tuple[str, list[Row]]]]]:
