@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from export.checkpoint.adapter_config import (
 from export.checkpoint.base import (
     Checkpoint,
     CheckpointError,
-    block_rows,
     check_finite,
     check_range,
+    equal_rows,
     read_json,
 )
 from export.checkpoint.names import EMBEDDING, HEAD, WRAPPERS, canonical
@@ -257,7 +258,8 @@ class AdapterCheckpoint:
                 )
             return False
         if len(stored) == 2:
-            return self._equal(EMBEDDING, HEAD)
+            shape, pair = self.shape(EMBEDDING), [partial(self.read, name) for name in (EMBEDDING, HEAD)]
+            return shape == self.shape(HEAD) and equal_rows(shape, *pair)
         if (stored and self._adapter.ensure_weight_tying) or stored - saved == {HEAD}:
             raise self._error(f"holds {min(stored)} alone, of the pair that training tied", "save the adapter again")
         return not saved
@@ -265,13 +267,6 @@ class AdapterCheckpoint:
     def _is_saved(self, name: str) -> bool:
         """Whether a stored tensor belongs to a module of modules_to_save."""
         return any(_belongs(self._stored[name][0], module) for module in self._adapter.modules_to_save)
-
-    def _equal(self, one: str, other: str) -> bool:
-        if self.shape(one) != self.shape(other):
-            return False
-        rows, step = self.shape(one)[0], block_rows(self.shape(one))
-        blocks = [(start, min(start + step, rows)) for start in range(0, rows, step)]
-        return all(torch.equal(self.read(one, *block), self.read(other, *block)) for block in blocks)
 
     def _check_vocabulary(self, tied: bool) -> int:
         """Rows of the embedding, and of the head."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -109,6 +109,17 @@ def _no_number(constant: str) -> None:
 def block_rows(shape: tuple[int, ...]) -> int:
     """Rows of dimension 0 in one block of about BLOCK_ELEMENTS elements."""
     return max(1, BLOCK_ELEMENTS // max(1, math.prod(shape[1:])))
+
+
+def equal_rows(
+    shape: tuple[int, ...], one: Callable[[int, int], torch.Tensor], other: Callable[[int, int], torch.Tensor]
+) -> bool:
+    """Whether two readers of rows (start, stop) of a tensor give the same values, block by block up to the first
+    difference.
+    """
+    step = block_rows(shape)
+    blocks = ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+    return all(bool((one(*rows) == other(*rows)).all()) for rows in blocks)
 
 
 def check_range(name: str, shape: tuple[int, ...], start: int, stop: int | None) -> tuple[int, int]:

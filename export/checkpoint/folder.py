@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from export.checkpoint.base import CheckpointError, block_rows
+from export.checkpoint.base import CheckpointError, equal_rows
 from export.checkpoint.names import EMBEDDING, HEAD, canonical
 from export.checkpoint.published import read_config, read_image_processor
 from export.checkpoint.safetensors import Entry, check_dtype, read_rows, read_stored
@@ -108,7 +109,9 @@ class FolderCheckpoint:
             return
         if embedding is None:
             self._entries[EMBEDDING] = self._entries.pop(HEAD)
-        elif not _equal(embedding, head):
+        elif embedding.shape != head.shape or not equal_rows(
+            head.shape, partial(read_stored, EMBEDDING, embedding), partial(read_stored, HEAD, head)
+        ):
             self.model_config = replace(self.model_config, text=replace(text, tie_word_embeddings=False))
             self.notices.append(
                 f"config.json ties the head to the embedding, but {HEAD} is stored and differs from it: both are used, "
@@ -132,17 +135,3 @@ def _published(stored: Mapping[str, Entry]) -> dict[str, Entry]:
             )
         entries[published], spelled[published] = entry, name
     return entries
-
-
-def _equal(a: Entry, b: Entry) -> bool:
-    """Whether two stored tensors hold the same values, read block by block."""
-    if a.shape != b.shape:
-        return False
-    rows = block_rows(a.shape)
-    for start in range(0, a.shape[0], rows):
-        stop = min(start + rows, a.shape[0])
-        if not torch.equal(
-            read_stored(EMBEDDING, a, start, stop).float(), read_stored(HEAD, b, start, stop).float()
-        ):
-            return False
-    return True

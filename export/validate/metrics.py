@@ -31,15 +31,16 @@ def sqnr_db(reference: Array, candidate: Array) -> float:
 
     A constant added to all logits of a token changes nothing downstream, so it is not counted as noise.
     """
-    a, b = _centred(reference), _centred(candidate)
+    a, b = centred(reference), centred(candidate)
     noise = float(((a - b) ** 2).sum())
     return float("inf") if noise == 0 else float(10 * np.log10((a**2).sum() / noise))
 
 
-def _centred(logits: Array) -> NDArray[np.float64]:
+def centred(logits: Array) -> NDArray[np.float64]:
+    """Logits less their mean, row by row."""
     wide = logits.astype(np.float64)
-    centred: NDArray[np.float64] = wide - wide.mean(axis=-1, keepdims=True)
-    return centred
+    result: NDArray[np.float64] = wide - wide.mean(axis=-1, keepdims=True)
+    return result
 
 
 def log_softmax(logits: Array) -> NDArray[np.float64]:

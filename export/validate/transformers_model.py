@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.checkpoint.base import Checkpoint, block_rows
+from export.checkpoint.base import Checkpoint, equal_rows
 from export.checkpoint.names import EMBEDDING, HEAD, canonical, expected
 from export.checkpoint.weights import VISION
 from export.model.config import ConfigError, ModelConfig
@@ -145,7 +146,7 @@ def head_tensor(checkpoint: Checkpoint) -> str:
         missing = {name for name in model.state_dict() if canonical(name) not in stored}
         # Without a tie in transformers' mapping nothing is compared, so nothing needs to be read.
         asked = bool(model.all_tied_weights_keys) and stored >= {EMBEDDING, HEAD}
-        apart = asked and not _equal(checkpoint, EMBEDDING, HEAD)
+        apart = asked and not _same(checkpoint, EMBEDDING, HEAD)
         embedding = torch.nn.Parameter(torch.zeros(1))
         model.get_input_embeddings().weight = embedding
         model.get_output_embeddings().weight = torch.nn.Parameter(torch.full((1,), float(apart)))
@@ -153,15 +154,12 @@ def head_tensor(checkpoint: Checkpoint) -> str:
     return EMBEDDING if model.get_output_embeddings().weight is embedding else HEAD
 
 
-def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two stored tensors are the same, read in blocks of rows up to the first difference."""
+def _same(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two stored tensors are equal."""
     shape = checkpoint.shape(one)
-    if shape != checkpoint.shape(other):
-        return False
-    step = block_rows(shape)
-    starts = range(0, shape[0], step)
-    blocks = ((start, min(start + step, shape[0])) for start in starts)
-    return all(torch.equal(checkpoint.read(one, *rows), checkpoint.read(other, *rows)) for rows in blocks)
+    return shape == checkpoint.shape(other) and equal_rows(
+        shape, partial(checkpoint.read, one), partial(checkpoint.read, other)
+    )
 
 
 # --- pictures, positions, splicing ----------------------------------------------------------------------------

@@ -109,11 +109,12 @@ def _rows(
             yield name, (0, torch.from_numpy(np.ascontiguousarray(whole)))
             return
         first = int(rest or 0)
-        count = values.shape[0] if len(shape) > 1 else shape[0]
-        for start in range(0, count, ROWS):
-            part = _slice(values, start, min(start + ROWS, count)) if len(shape) > 1 else _array(values)
-            rows = part.astype(np.float32).reshape(-1, *shape[1:])
-            yield name, (first + start, torch.from_numpy(rows))
+        if len(shape) == 1:  # small, and stored with leading ones
+            yield name, (first, torch.from_numpy(_array(values).astype(np.float32).reshape(-1)))
+            return
+        for start in range(0, values.shape[0], ROWS):
+            rows = _slice(values, start, min(start + ROWS, values.shape[0])).astype(np.float32)
+            yield name, (first + start, torch.from_numpy(rows.reshape(-1, *shape[1:])))
         return
     first = int(rest or 0)
     for start in range(0, values.shape[0], ROWS):
