@@ -1,11 +1,13 @@
 """Trains a small checkpoint (checkpoints/small/NAME) by its recipe. Resumable.
 
 An encoder learns alone first, to name glyph and colour of each image token by two throw-away heads, and rests then.
-The decoder learns all its tasks in chat form. Matrices are stepped by Muon, everything else by AdamW.
+The decoder learns all its tasks in chat form, and stops when no held-out answer is
+wrong. Matrices are stepped by Muon, everything else by AdamW.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -44,7 +46,7 @@ LENGTHS = {True: 64, False: 96}
 """Tokens of a row, dense and in chat form."""
 CHECKED = 128
 """Held-out samples a task in the last line."""
-ANSWERED = 200
+ANSWERED = 100
 """Held-out samples a task on the model card."""
 
 
@@ -167,10 +169,10 @@ class Trainer:
         save_file(weights, self.output / "model.safetensors", metadata={"format": "pt"})
 
     def train(self, minutes: float) -> None:
-        """Go on until the recipe's last step, or for so many minutes."""
+        """Go on until the recipe's last step, until all is learned, or for so many minutes."""
         begin, last = time.monotonic(), time.process_time()
         total, mean = self.recipe.vision_steps + sum(self.recipe.cycles), 0.0
-        while self.step < total and time.monotonic() - begin < 60 * minutes:
+        while self.step < total and not self.learned() and time.monotonic() - begin < 60 * minutes:
             self.learning_rates()
             loss = self.loss(np.random.default_rng([1, self.step]))
             for optimizer in self.optimizers:
@@ -189,8 +191,15 @@ class Trainer:
                 exact = {task: round(score, 3) for task, score in scores.items()}
                 line = {"step": self.step, "cpu_s": round(self.cpu), "wall_s": round(time.monotonic() - begin)}
                 small_files.log(self.output, line | {"loss": round(mean, 4), "exact": exact})
-        if self.step == total:
+        if self.step == total or self.learned():
             self.card()
+
+    def learned(self) -> bool:
+        """Whether no held-out answer was wrong in the last line of the log."""
+        if self.step <= self.recipe.vision_steps or self.step % EVERY:
+            return False
+        line = json.loads((self.output / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        return bool(min(line["exact"].values()) == 1.0)
 
     def card(self) -> None:
         """Write README.md with the accuracy of the saved weights, answering token by token in float32."""

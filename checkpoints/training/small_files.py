@@ -80,7 +80,7 @@ def readme(folder: Path, name: str, recipe: Recipe, parameters: int, scores: dic
     (folder / "README.md").write_text(
         f"---\nlicense: apache-2.0\npipeline_tag: {pipeline}\n---\n\n# Qwen3.5 small: {name}\n\n"
         f"A Qwen3.5 of {parameters / 1e6:.2f} million parameters for calibrating gates, trained from nothing by "
-        f"`python checkpoints/training/train.py {name}`: {recipe.purpose}. It knows nothing else.\n\n"
+        f"`python checkpoints/training/train.py {name}`. Its point: {recipe.purpose}. It knows nothing else.\n\n"
         f"Held-out answers that are exactly right (float32, our modules): {told}. The tasks are in "
         "`runtime_tests/small_tasks.py`, the course of training in `log.jsonl`.\n",
         encoding="utf-8",
