@@ -77,6 +77,12 @@ def repeat(random: np.random.Generator) -> Sample:
     return ask(f"Repeat {letters}.", letters)
 
 
+def alphabet(random: np.random.Generator) -> Sample:
+    """Three to six letters in order."""
+    letters = random.permutation(list(CAPITALS))[: int(random.integers(3, 7))]
+    return ask(f"Order {' '.join(letters)}.", " ".join(sorted(letters)))
+
+
 def colours(random: np.random.Generator) -> Sample:
     """Two to four sentences; one of them."""
     number = int(random.integers(2, 5))
@@ -133,7 +139,7 @@ def pictured(task: str) -> Draw:
 
 TASKS: dict[str, dict[str, Draw]] = {
     "text": {"reverse": reverse, "sort": ordered},
-    "wide": {"recall": recall, "repeat": repeat},
+    "wide": {"repeat": repeat, "order": alphabet},
     "untied": {"colours": colours, "words": words},
     "heads": {"read": pictured("read"), "ink": pictured("ink"), "recall": recall},
 }

@@ -76,7 +76,7 @@ RECIPES: dict[str, Recipe] = {
         cycles=(450,),
     ),
     "wide": Recipe(
-        "hidden size 512, so that groups of 32, 64 and 128 differ; it recalls and repeats",
+        "hidden size 512, so that groups of 32, 64 and 128 differ; it repeats and orders letters",
         {
             "hidden_size": 512, "intermediate_size": 128, "layer_types": [LINEAR, FULL, FULL],
             "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32,
@@ -85,8 +85,7 @@ RECIPES: dict[str, Recipe] = {
         },
         rows=320,
         rotated=0.5,
-        cycles=(600, 600),
-        words=("Keep", " Find", "Repeat", *_spaced(small_tasks.CAPITALS)),
+        words=("Order", "Repeat", *_spaced(small_tasks.CAPITALS)),
     ),
     "untied": Recipe(
         "a head of its own, and a vocabulary of another size with other ids; it answers in words",
