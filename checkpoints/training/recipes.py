@@ -114,9 +114,10 @@ RECIPES: dict[str, Recipe] = {
             "linear_key_head_dim": 32, "linear_value_head_dim": 32,
         },
         rows=352,
-        words=("Read", "What colour is", "Keep", " Find", *_spaced(small_tasks.CAPITALS), *_spaced("TUX"),
+        words=("Read", "What colour is", " What colour is", *_spaced(small_tasks.CAPITALS), *_spaced("TUX"),
                *_spaced(tuple(small_tasks.INKS))),
         vision={"depth": 2, "hidden_size": 96, "intermediate_size": 192, "num_heads": 3},
         vision_steps=300,
+        cycles=(600, 600),
     ),
 }  # fmt: skip
