@@ -118,6 +118,6 @@ RECIPES: dict[str, Recipe] = {
                *_spaced(tuple(small_tasks.INKS))),
         vision={"depth": 2, "hidden_size": 96, "intermediate_size": 192, "num_heads": 3},
         vision_steps=300,
-        cycles=(600, 600),
+        cycles=(600, 600, 600),
     ),
 }  # fmt: skip
