@@ -136,9 +136,10 @@ class RoundedWeights(Weights):
 
     def __init__(self, weights: Weights) -> None:
         super().__init__(weights.checkpoint, weights.config)
+        self._weights = weights
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        rows = super().rows(name, start, stop)
+        rows = self._weights.rows(name, start, stop)
         return rows if name == "vision.position_weight" else rows.half().float()
 
 
