@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -141,19 +141,20 @@ def validate(options: argparse.Namespace) -> int:
     several = len(bundles) > 1
     reporter = Reporter(quiet=options.quiet, json_lines=options.json)
     checkpoint = open_source(bundles[0], options.checkpoint, options.adapter)
-    reports = [_climb(b, checkpoint, options, reporter, alone=not several) for b in bundles]
+    known: dict[Hashable, Any] = {}
+    reports = [_climb(b, checkpoint, options, reporter, known, alone=not several) for b in bundles]
     if (several or page) and not options.rung:
         # One after the other, after all ladders: the speed of a shared host changes with time.
         for bundle, report in zip(bundles, reports, strict=True):
             with reporter.stage(f"measure {bundle.path.name}"):
                 report.setdefault("latency", {})["bundle"] = compare.measure_apart(bundle, options.threads)
     if options.update:
-        update(bundles[0], reports[0])
+        bundles = [update(bundles[0], reports[0])]
     columns = compare.columns(bundles, reports)
-    result = comparison.as_json(columns) if several else reports[0]
+    result = comparison.as_json(columns) if several else {**reports[0], **comparison.standing(columns[0])}
     if options.report is not None:
         options.report.write_text(comparison.render(columns) if page else dump(result), encoding="utf-8")
-    shown = comparison.table(columns) if several else parity_table(reports[0])
+    shown = comparison.table(columns) if several else f"{parity_table(reports[0])}\n{standing(columns[0])}"
     _print(json.dumps(result) if options.json else shown)
     for column in columns:
         if not column.report["passed"]:
@@ -162,10 +163,31 @@ def validate(options: argparse.Namespace) -> int:
     return 0 if all(report["passed"] for report in reports) else 3
 
 
+def standing(column: Any) -> str:
+    """Which rungs were climbed now, and what the bundle says of itself, in one line."""
+    from export.report.comparison import standing as found
+    from export.validate.ladder import RUNGS
+
+    now = found(column)
+    left = [name for name in RUNGS if name not in now["climbed"]]
+    without = f", without {', '.join(left)}" if left else ""
+    return f"climbed {', '.join(now['climbed'])}{without}; status of the bundle: {now['status']}"
+
+
 def _climb(
-    bundle: Bundle, checkpoint: Any, options: argparse.Namespace, reporter: Reporter, *, alone: bool
+    bundle: Bundle,
+    checkpoint: Any,
+    options: argparse.Namespace,
+    reporter: Reporter,
+    known: dict[Hashable, Any],
+    *,
+    alone: bool,
 ) -> dict[str, Any]:
-    """The report on one bundle; only if it is alone with the latency, which is otherwise measured for all."""
+    """The report on one bundle; only if it is alone with the latency, which is otherwise measured for all.
+
+    Args:
+        known: what the bundles, which are all of one checkpoint, share; see `Case.once`.
+    """
     from export.validate import judge
     from export.validate.ladder import RUNGS
     from targets import load_target
@@ -184,11 +206,14 @@ def _climb(
         stage,
         rungs=tuple(options.rung or RUNGS),
         with_latency=alone and (options.update or not options.rung),
+        known=known,
     )
 
 
-def update(bundle: Bundle, report: dict[str, Any]) -> None:
-    """Replace the reports of a bundle: a copy is written beside it and takes its place when complete."""
+def update(bundle: Bundle, report: dict[str, Any]) -> Bundle:
+    """Replace the reports of a bundle: a copy is written beside it and takes its place when complete. Returns it as it
+    is then.
+    """
     import shutil
 
     from export.report import card
@@ -208,6 +233,7 @@ def update(bundle: Bundle, report: dict[str, Any]) -> None:
         loading = load_target(manifest["target"]["name"]).loading
         writer.add("README.md", "card").write_text(card.render(manifest, report, loading), encoding="utf-8")
         writer.commit(manifest, accepted=True)
+    return Bundle.open(bundle.path, verify=False)
 
 
 def run(options: argparse.Namespace) -> int:

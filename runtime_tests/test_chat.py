@@ -27,7 +27,7 @@ from export.model.session import Model, TorchSession
 from export.spec import UsageError
 from export.validate import answers, reference
 from export.validate.case import Case
-from export.validate.gates import GREEDY, check
+from export.validate.gates import GREEDY, Check, gated
 from runtime_tests.conftest import MemoryCheckpoint
 from targets.base import Session
 
@@ -192,7 +192,11 @@ def test_the_greedy_reference_chooses_among_the_same_ids(
     monkeypatch.setattr(reference, "embed", lambda checkpoint, ids: np.zeros((len(ids), 8), np.float32))
     monkeypatch.setattr(reference, "hf_sequence", lambda *given: (np.repeat(bundle.logits, len(given[2]), axis=0), {}))
     series: dict[str, Any] = {}
-    found = answers.greedy_tokens(case, cast(Session, bundle), kind.of(manifest(num_tokens=60)), check, series)
+
+    def held(name: str, value: float) -> Check:
+        return gated(f"L3.{name}", value, f"L3.int4.{name}")
+
+    found = answers.greedy_tokens(case, cast(Session, bundle), kind.of(manifest(num_tokens=60)), held, series)
     assert series["greedy_tokens"] == [agreed] * 2 and found.value == agreed
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from export.__main__ import main
-from export.validate.gates import GATES, check, failed
+from export.validate.gates import GATES, RECORDED, UnknownCheckError, failed, gated, recorded
 from targets.to_onnx.session import OnnxSession
 
 # The bundle's session is at fault in this file: the other side of each comparison is the same for all tests.
@@ -25,18 +25,34 @@ def test_every_gate_has_a_reason_and_rejects(name: str) -> None:
     gate = GATES[name]
     worse = -1e-9 if gate.at_least else 1e-9
     assert len(gate.reason) > 10
-    assert check(name, gate.limit).status == "PASS"
-    assert check(name, gate.limit + worse).status == "FAIL"
-    assert check(name, float("nan")).status == "FAIL"
-    assert not failed([check(name, gate.limit + worse, gated=False)])
+    assert gated(name, gate.limit).status == "PASS"
+    assert gated(name, gate.limit + worse).status == "FAIL"
+    assert gated(name, float("nan")).status == "FAIL"
+    assert not failed([gated(name, gate.limit + worse, enforced=False)])
+
+
+def test_a_check_of_an_unknown_name_is_an_error() -> None:
+    with pytest.raises(
+        UnknownCheckError,
+        match=r"check L3\.kl_mean: there is no gate called L3\.int4\.kl_means \(did you mean L3\.int4\.kl_mean\?\); "
+        r"add it to GATES, or use `recorded`",
+    ):
+        gated("L3.kl_mean", 0.1, "L3.int4.kl_means")
+    with pytest.raises(UnknownCheckError, match=r"L3\.kl_p98: there is no value without a gate called L3\.kl_p98 "):
+        recorded("L3.kl_p98", 0.1)
+    with pytest.raises(UnknownCheckError, match=r"there is no gate called L3\.kl_p99"):
+        gated("L3.kl_p99", 0.1)
+    assert set(GATES).isdisjoint(RECORDED)
+    assert all(len(reason) > 5 for reason in RECORDED.values())
+    assert recorded("L3.task.recall", 1.0, "L3.task").reason == RECORDED["L3.task"]
 
 
 def test_rounding_may_add_up_over_layers() -> None:
     limit = GATES["L0.states"].limit
-    deep = check("L0.states", 2.9 * limit, layers=24)
+    deep = gated("L0.states", 2.9 * limit, layers=24)
     assert deep.status == "PASS" and deep.limit == pytest.approx(3 * limit) and deep.reason.endswith("here 24")
-    assert check("L0.states", 3.1 * limit, layers=24).status == "FAIL"
-    assert check("L0.states", 1.1 * limit, layers=2).status == "FAIL"
+    assert gated("L0.states", 3.1 * limit, layers=24).status == "FAIL"
+    assert gated("L0.states", 1.1 * limit, layers=2).status == "FAIL"
 
 
 def test_every_kind_of_recipe_has_every_gate() -> None:

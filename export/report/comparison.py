@@ -63,12 +63,19 @@ class Row:
     cells: tuple[Cell, ...]
 
 
+def standing(column: Column) -> dict[str, Any]:
+    """What a verdict is worth: the rungs it is of, and the status that the bundle itself bears."""
+    return {"climbed": sorted(column.report["rungs"]), "status": column.manifest["status"]}
+
+
 def facts(columns: Sequence[Column]) -> list[Row]:
     """What each bundle is, the verdict on it, and its size."""
     return [
         _row("target", columns, lambda c: c.manifest["target"]["name"]),
         _row("recipe", columns, lambda c: c.manifest["quantization"]["recipe"]),
-        Row("status", tuple(_verdict(c.report["passed"]) for c in columns)),
+        Row("verdict", tuple(_verdict(c.report["passed"]) for c in columns)),
+        _row("of the rungs", columns, lambda c: ", ".join(standing(c)["climbed"])),
+        _row("status of the bundle", columns, lambda c: standing(c)["status"]),
         _row("context", columns, lambda c: f"{c.manifest['context_length']:,}"),
         _row("prefill lengths", columns, lambda c: ", ".join(map(str, c.manifest["prefill_lengths"]))),
         _row("pictures", columns, lambda c: ", ".join(f"{h}×{w}" for h, w in c.manifest["image_sizes"]) or NONE),
@@ -154,6 +161,7 @@ def as_json(columns: Sequence[Column]) -> dict[str, Any]:
                 "target": c.manifest["target"]["name"],
                 "recipe": c.manifest["quantization"]["recipe"],
                 "bytes": c.size_bytes,
+                **standing(c),
                 "report": c.report,
             }
             for c in columns

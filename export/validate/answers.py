@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from export.chat.conversation import Contract, Conversation
 from export.validate import metrics, reference
 from export.validate.case import Case
-from export.validate.gates import GREEDY, Check, check
+from export.validate.gates import GREEDY, Check, gated, recorded
 from export.validate.probe import Probe
 from export.validate.replay import replay
 from targets.base import Session
@@ -29,7 +29,7 @@ def text_runner(session: Session, probe: Probe, special: set[int]) -> list[Check
     rows = np.asarray(session.run("embed", {"input_ids": np.asarray([ids], np.int64)})["embeddings"][0])
     positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
     logits = np.stack(replay(session, rows, positions, [(None, 1)] * len(ids), junk=0.0))
-    return [check("L3.text_runner", metrics.relative(logits, found))]
+    return [gated("L3.text_runner", metrics.relative(logits, found))]
 
 
 def greedy_tokens(
@@ -76,10 +76,10 @@ def task_accuracy(
     series["task"] = {"reference": expected, "bundle": scores}
     drops = [100 * (expected[name] - score) for name, score in scores.items()]
     checks = [
-        check("L3.task_reference", float(np.mean(list(expected.values()))), gated=case.gate_quality),
+        gated("L3.task_reference", float(np.mean(list(expected.values()))), enforced=case.gate_quality),
         quality_check("task_drop", float(np.mean(drops))),
     ]
-    return [*checks, *(check(f"L3.task.{name}", score) for name, score in scores.items())]
+    return [*checks, *(recorded(f"L3.task.{name}", score, "L3.task") for name, score in scores.items())]
 
 
 def generator(session: Any, contract: Contract) -> Callable[[list[NDArray[Any]], list[int]], list[int]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,11 @@ class Rung:
         return {"status": self.status, "checks": checks, "series": self.series, "notes": self.notes}
 
 
+Known = dict[Hashable, Any]
+"""What was computed of a checkpoint and a probe, for the next bundle of the same checkpoint; see `Case.once`."""
+Result = TypeVar("Result")
+
+
 @dataclass
 class Case:
     """One bundle (finished or still `.partial`) with the checkpoint it came from."""
@@ -65,6 +71,26 @@ class Case:
     """Token ids the probes are made of (repeated where they are too few); None: random ids."""
     prompts: list[list[int]] = field(default_factory=list)
     """Prompts without pictures that are continued greedily; none: that check is left out."""
+    known: Known = field(default_factory=dict)
+    """Shared by the cases of several bundles of one checkpoint."""
+
+    def once(self, what: str, compute: Callable[[], Result], *depends: Hashable) -> Result:
+        """`compute()`, or what it gave for another bundle: a result of the checkpoint, the probe, the pictures, and
+        whatever else it depends on, but of no bundle.
+        """
+        key = (what, self._content, *depends)
+        if key not in self.known:
+            self.known[key] = compute()
+        found: Result = self.known[key]
+        return found
+
+    @cached_property
+    def _content(self) -> Hashable:
+        """Checkpoint, layers and everything it is fed, short."""
+        digest = hashlib.sha256()
+        for array in (np.asarray(self.probe.ids), self.probe.positions, *self.probe.images, *self.pictures):
+            digest.update(f"{array.shape}{array.dtype}".encode() + array.tobytes())
+        return self.checkpoint.content_key(), self.config, digest.hexdigest()
 
     @property
     def floats(self) -> str:
@@ -97,7 +123,7 @@ class Case:
     @cached_property
     def true_pictures(self) -> list[NDArray[np.float32]]:
         """transformers' image embeddings of `pictures`."""
-        return reference.hf_vision(self.checkpoint, self.config, self.pictures)
+        return self.once("pictures", lambda: reference.hf_vision(self.checkpoint, self.config, self.pictures))
 
     @cached_property
     def plan(self) -> list[tuple[int | None, int]]:
@@ -107,9 +133,13 @@ class Case:
     @cached_property
     def embedded(self) -> NDArray[np.float32]:
         """Rows [T, D] from transformers' embedding, vision tower and splicing."""
-        rows = reference.embed(self.checkpoint, self.probe.ids)
-        images = reference.hf_vision(self.checkpoint, self.config, self.probe.images)
-        return transformers_model.hf_splice(self.checkpoint, self.config, rows, self.probe.ids, images)
+
+        def rows() -> NDArray[np.float32]:
+            plain = reference.embed(self.checkpoint, self.probe.ids)
+            images = reference.hf_vision(self.checkpoint, self.config, self.probe.images)
+            return transformers_model.hf_splice(self.checkpoint, self.config, plain, self.probe.ids, images)
+
+        return self.once("embedded", rows)
 
     @cached_property
     def true_positions(self) -> NDArray[np.int32]:
@@ -123,12 +153,14 @@ class Case:
         """transformers' fp32 logits [T, V] and final states on the probe, fed token by token: its chunked delta
         rule is the less exact of its two forms (docs/LOG.md) and would be most of the distance to ours.
         """
-        return reference.hf_sequence(self.checkpoint, self.config, self.embedded, self.true_positions, 1)
+        fed = self.embedded, self.true_positions, 1
+        return self.once("truth", lambda: reference.hf_sequence(self.checkpoint, self.config, *fed))
 
     @cached_property
     def whole(self) -> Whole:
         """transformers' whole model, run once on the probe; only its logits are kept."""
-        return transformers_model.whole_model(self.checkpoint, self.config, self.probe.ids, self.probe.images)
+        given = self.checkpoint, self.config, self.probe.ids, self.probe.images
+        return self.once("whole", lambda: transformers_model.whole_model(*given))
 
 
 def make_plan(tokens: int, lengths: tuple[int, ...]) -> list[tuple[int | None, int]]:

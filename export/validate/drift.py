@@ -15,7 +15,7 @@ from export.chat.conversation import chunks
 from export.quantize.quantizer import Quantizer
 from export.validate import metrics, reference
 from export.validate.case import Case, Rung
-from export.validate.gates import Check, check
+from export.validate.gates import Check, recorded
 from export.validate.lowered import shallow
 from export.validate.probe import make_probe
 from export.validate.replay import replay
@@ -63,9 +63,9 @@ def drift(
     series["drift_kl_by_layout"] = {}
     checks = [
         quality_check("drift", float(kl[-quarter(kl) :].mean())),
-        check("L3.drift_first", float(kl[: quarter(kl)].mean())),
-        check("L3.drift_steps", steps),
-        check("L3.drift_context", tokens),
+        recorded("L3.drift_first", float(kl[: quarter(kl)].mean())),
+        recorded("L3.drift_steps", steps),
+        recorded("L3.drift_context", tokens),
     ]
     notes.append(
         f"L3.drift is over {steps:,} decode steps"
@@ -75,7 +75,7 @@ def drift(
         with _in_layout(case, layout, longest) as other:
             found = divergence(other, longest, case.drift_steps)
         series["drift_kl_by_layout"][layout] = [float(x) for x in found]
-        checks.append(check(f"L3.drift_{layout}", float(found[-quarter(found) :].mean())))
+        checks.append(recorded(f"L3.drift_{layout}", float(found[-quarter(found) :].mean()), "L3.drift_layout"))
     if compared:
         notes.append(
             f"The drift of other layouts of the states is over {case.drift_steps:,} decode steps, by decoders lowered "
@@ -129,7 +129,7 @@ def stress(case: Case, session: Session, rows: NDArray[Any], logits: NDArray[Any
     stressed = np.stack(replay(session, rows[:tokens], case.probe.positions, plan, junk=0.0))
     kl = metrics.kl(logits[: len(plan)], stressed)
     rung.series["stress_kl"] = [float(x) for x in kl]
-    rung.checks.append(check("L3.stress_kl", float(kl.mean())))
+    rung.checks.append(recorded("L3.stress_kl", float(kl.mean())))
     rung.notes.append(
         f"L3.stress_kl is the KL of the bundle from itself, emulated with sums rounded to float16 as they grow, after "
         f"{len(plan)} calls on the first {tokens} tokens: it shows sensitivity and is no model of any device."

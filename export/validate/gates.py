@@ -1,16 +1,22 @@
 """Every tolerance of the project in one table, each with the reason for its number.
 
-A check is a name, a value and the gate it must meet. Rungs: L0 our modules against transformers, L1 the
-lowered program without quantisation against our modules, L2 the artifact's weights against the quantiser,
-L3 the shipped artifact against transformers.
+A check is a name and a value, made by `gated` with the gate it must meet, or by `recorded` if it has none. Both look
+names up in a closed list, so that a misspelt gate is an error and never a check without one. Rungs: L0 our modules
+against transformers, L1 the lowered program without quantisation against our modules, L2 the artifact's weights
+against the quantiser, L3 the shipped artifact against transformers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from export.spec import ExportError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -111,26 +117,70 @@ GATES: dict[str, Gate] = {
 }
 
 
+RECORDED: dict[str, str] = {
+    "L0.pictures_in_text": "a count: fewer than two where the context is too short for them",
+    "L1.layers": "a count: the first layers stand for all where the model is large",
+    "L2.weights": "a count of what L2.mismatches is about",
+    "L3.kl_p99": "the tail of what kl_mean is about; one token among a hundred decides it",
+    "L3.kl_worst": "one token decides it; kl_mean bounds it by the number of tokens",
+    "L3.ambiguous": "near ties of the reference, which are no fault of a bundle",
+    "L3.states": "weights that are quantised change every state; KL and drift say whether that matters",
+    "L3.drift_first": "what L3.drift is compared with by a reader",
+    "L3.drift_steps": "a count",
+    "L3.drift_context": "a count",
+    "L3.drift_layout": "of layouts of states that the bundle does not have",
+    "L3.stress_kl": "sensitivity to sums in float16, in a model of no device",
+    "L3.task": "the score of one skill; task_drop is about all of them",
+}
+"""Values without a gate, each with the reason why it has none."""
+
+
+class UnknownCheckError(ExportError):
+    """A check names a gate, or a value without one, that is in no list."""
+
+
 DEPTH = 8
 """Layers that the gates of L0 are for. Rounding adds up evenly, by 1.2e-6 a layer in the states of 0.8B (24 layers:
 3e-5), so a deeper model may be off by as much more.
 """
 
 
-def check(name: str, value: float, gate: str | None = None, gated: bool = True, layers: int = DEPTH) -> Check:
+def gated(name: str, value: float, gate: str | None = None, *, enforced: bool = True, layers: int = DEPTH) -> Check:
     """Hold a value against its gate.
 
     Args:
-        gated: False records it with the gate beside it. layers: of a comparison in which rounding adds up with them.
+        gate: a name in `GATES`; None: that of the check. enforced: False records the value with the gate beside it.
+        layers: of a comparison in which rounding adds up with them.
+
+    Raises:
+        UnknownCheckError: there is no such gate.
     """
-    key = gate or name
-    if key not in GATES:
-        return Check(name, float(value), "RECORDED")
-    rule = GATES[key]
+    rule = _entry(GATES, gate or name, name, "gate", "GATES, or use `recorded`")
     if layers > DEPTH:
         rule = replace(rule, limit=rule.limit * layers / DEPTH, reason=f"{rule.reason}; here {layers}")
-    status = "RECORDED" if not gated else "PASS" if rule.passes(float(value)) else "FAIL"
+    status = "RECORDED" if not enforced else "PASS" if rule.passes(float(value)) else "FAIL"
     return Check(name, float(value), status, rule.limit, rule.at_least, rule.reason)
+
+
+def recorded(name: str, value: float, entry: str | None = None) -> Check:
+    """A value without a gate.
+
+    Args:
+        entry: a name in `RECORDED`, where several checks share one; None: that of the check.
+
+    Raises:
+        UnknownCheckError: there is no such entry.
+    """
+    reason = _entry(RECORDED, entry or name, name, "value without a gate", "RECORDED with the reason why it has none")
+    return Check(name, float(value), "RECORDED", reason=reason)
+
+
+def _entry(table: Mapping[str, T], key: str, name: str, what: str, place: str) -> T:
+    if key not in table:
+        close = get_close_matches(key, table, n=1)
+        guess = f" (did you mean {close[0]}?)" if close else ""
+        raise UnknownCheckError(f"check {name}: there is no {what} called {key}{guess}; add it to {place}")
+    return table[key]
 
 
 def failed(checks: Iterable[Check]) -> list[Check]:

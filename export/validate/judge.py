@@ -18,7 +18,7 @@ from export.quantize.recipe import Recipe
 from export.sizes import SHIPPED, TINY
 from export.spec import UsageError
 from export.validate import latency, task
-from export.validate.case import Case
+from export.validate.case import Case, Known
 from export.validate.ladder import RUNGS, climb
 from export.validate.probe import image_tokens
 from targets.base import Finding, Target, grouped
@@ -54,13 +54,14 @@ def judge(
     with_latency: bool = True,
     drift_steps: int | None = None,
     on_findings: Callable[[list[Finding]], None] = lambda findings: None,
+    known: Known | None = None,
 ) -> dict[str, Any]:
     """Run the linter and the rungs on a bundle folder and measure it.
 
     Args:
         rungs: the linter runs with all of them only. drift_steps: decode steps of the drift check; None: by what
             states are kept in, and none for random weights. on_findings: is given what the linter found before the
-            first rung; raises to stop here.
+            first rung; raises to stop here. known: what cases of this checkpoint share, for several bundles of it.
 
     Returns:
         The content of parity.json, and under "latency" that of latency.json. "measured" says where the numbers of L1
@@ -89,6 +90,7 @@ def judge(
         tokens=text + sum(pictures),
         drift_steps=drift_steps,
         gate_quality=not random,
+        known={} if known is None else known,
     )
     if not random and "tokenizer.json" in manifest["tokenizer"]["files"]:
         tokenizer = load_tokenizer(folder)

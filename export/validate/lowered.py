@@ -20,7 +20,7 @@ from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
 from export.validate import metrics, reference
 from export.validate.case import Case, Rung
-from export.validate.gates import GATES, Check, check
+from export.validate.gates import GATES, Check, gated, recorded
 from export.validate.probe import Probe
 from export.validate.replay import canonical, image_embeddings, replay, state_errors, worst
 from targets.base import UNBOUNDED, Job, Session, Target
@@ -63,7 +63,7 @@ def l1(case: Case) -> Rung:
         rung = compare_files(
             case.target, folder, manifest, case.threads, weights, probe, plan, rows, case.prefill_lengths, case.pictures
         )
-        rung.checks.append(check("L1.layers", config.text.num_hidden_layers))
+        rung.checks.append(recorded("L1.layers", config.text.num_hidden_layers))
         return rung
 
 
@@ -163,9 +163,9 @@ def compare_lowered(
     """
     config = weights.config
 
-    def gated(name: str, value: float) -> Check:
+    def check(name: str, value: float) -> Check:
         own = f"{prefix}.{name}"
-        return check(own, value, own if own in GATES else f"L1.{name}")
+        return gated(own, value, own if own in GATES else f"L1.{name}")
 
     expected, states = reference.own_sequence(
         weights, rows.astype(np.float32), probe.positions, plan, state.cache_rows(len(rows), prefill_lengths)
@@ -177,16 +177,16 @@ def compare_lowered(
     padded = np.stack(replay(session, rows, probe.positions, plan, junk=float("nan"), reset=not kept))
     leaks = state_errors(config, clean, canonical(config, session.states()), len(rows))
     checks = [
-        gated("logits", metrics.relative(expected[ends], logits)),
-        gated("states", max(errors.values())),
-        gated("padding", max(metrics.relative(logits, padded), *leaks.values())),
+        check("logits", metrics.relative(expected[ends], logits)),
+        check("states", max(errors.values())),
+        check("padding", max(metrics.relative(logits, padded), *leaks.values())),
     ]
     embedded = session.run("embed", {"input_ids": np.asarray([probe.ids], np.int64)})["embeddings"]
     plain = torch.cat([weights.rows("embedding.weight", i, i + 1) for i in probe.ids]).numpy()
-    checks.append(gated("embed", metrics.relative(plain, embedded[0])))
+    checks.append(check("embed", metrics.relative(plain, embedded[0])))
     if pictures:
         ours = [reference.own_vision(weights, each) for each in pictures]
-        checks.append(gated("vision", worst(ours, image_embeddings(session, pictures))))
+        checks.append(check("vision", worst(ours, image_embeddings(session, pictures))))
     series = {"states": errors, "logits": _row_errors(expected[ends], logits), "rows": ends}
     return Rung("L1", checks, series)
 
