@@ -107,6 +107,11 @@ GATES: dict[str, Gate] = {
     "L3.int4.greedy_tokens": Gate(8, "of 32, mean over prompts; tiny measures 15 to 25", at_least=True),
     "L3.int4.drift": Gate(0.25, "that of kl_mean: the recurrent state must not wander off"),
     "L3.int4.chunking": Gate(1e-3, "as for int8; tiny measures 2e-5"),
+    "L3.activations": Gate(
+        65504 / 2,
+        "the largest value in float16, which ends at 65,504: a factor of two for conversations nobody tried; beyond it "
+        "streams must be scaled (export.quantize.scale) or the bundle is wrong without a word",
+    ),
     "L3.text_runner": Gate(1e-4, "the same weights one token at a time by another method; measured 0 to 2e-7"),
     "L3.fp32.task_drop": Gate(0.0, "points of task accuracy lost without quantisation: none"),
     "L3.int8.task_drop": Gate(1.0, "points of task accuracy lost to int8; tiny measures 0.25"),

@@ -17,8 +17,9 @@ from export.progress import MemorySampler
 from export.quantize.recipe import Recipe
 from export.sizes import SHIPPED, TINY
 from export.spec import UsageError
-from export.validate import latency, task
+from export.validate import activations, latency, task
 from export.validate.case import Case, Known
+from export.validate.examples import examples
 from export.validate.ladder import RUNGS, climb
 from export.validate.probe import image_tokens
 from targets.base import Finding, Target, grouped
@@ -71,7 +72,7 @@ def judge(
     findings = None
     if set(rungs) == set(RUNGS):
         with stage("lint"):
-            findings = target.lint(folder, manifest, activations=True)
+            findings = target.lint(folder, manifest)
         on_findings(findings or [])
     size = manifest["model"]["size"]
     random = manifest["model"]["source"]["kind"] == "random"
@@ -102,10 +103,19 @@ def judge(
         else:
             case.text = tokenizer(PASSAGE, add_special_tokens=False)["input_ids"]
             case.prompts = [case.text[: len(case.text) // 4]]
+    seen = None
+    if findings is not None and not any(found.severity == "error" for found in findings):
+        with stage("activations"):
+            seen = target.observe(folder, manifest, [case.probe, *examples(folder, manifest)], case.pictures)
+        found = seen.findings if seen is not None else []
+        on_findings(found)
+        findings += found
     results = []
     for rung in rungs:
         with stage(f"validate {rung}"):
             results += climb(case, (rung,))
+        if rung == "L3" and seen is not None:
+            activations.record(seen, results[-1])
     report: dict[str, Any] = {
         "rungs": {r.name: finite(r.as_json()) for r in results},
         "passed": all(r.status == "PASS" for r in results) and not any(f.severity == "error" for f in findings or ()),
