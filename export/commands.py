@@ -370,13 +370,18 @@ def bench_table(entry: dict[str, Any]) -> str:
 
 def lint(options: argparse.Namespace) -> int:
     """Print what the target's linter holds against a bundle; 3 if one finding is an error."""
+    from export.validate.examples import examples
     from targets import load_target
 
     bundle = Bundle.open(options.bundle, verify=options.verify)
     name = bundle.manifest["target"]["name"]
     torch.set_num_threads(options.threads)
+    target = load_target(name)
     with Reporter(quiet=options.quiet, json_lines=options.json).stage("lint"):
-        findings = load_target(name).lint(bundle.path, bundle.manifest, activations=options.activations)
+        findings = target.lint(bundle.path, bundle.manifest)
+        if options.activations and findings is not None and not any(f.severity == "error" for f in findings):
+            seen = target.observe(bundle.path, bundle.manifest, examples(bundle.path, bundle.manifest))
+            findings += seen.findings if seen is not None else []
     if findings is None:
         raise UsageError(f"{bundle.path.name} is for {name}, which has no linter; coreml bundles have one")
     result = {"findings": [asdict(found) for found in findings]}

@@ -115,7 +115,7 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
 
         if spec.skip_validation:
             with progress.stage("lint"):
-                found = target.lint(writer.path, manifest, activations=False)
+                found = target.lint(writer.path, manifest)
             heed(found or ())
         else:
             place = target, writer.path, manifest

@@ -29,7 +29,7 @@ from export.validate.ladder import l3
 from export.validate.probe import make_probe
 from runtime_tests.conftest import MemoryCheckpoint, build, variant
 from targets import load_target
-from targets.base import Finding, Target
+from targets.base import Activations, Finding, Target
 
 pytestmark = pytest.mark.usefixtures("one_thread", "traced_once", "judged_once")
 
@@ -83,19 +83,25 @@ def report(model: MemoryCheckpoint, bundle: tuple[Path, dict[str, Any]]) -> dict
     """What an export writes into parity.json, read back. One finding is made up: the bundle may have none."""
     folder, manifest = bundle
     target, config = load_target("coreml"), model.model_config
-    seen: list[bool] = []
+    seen: list[Any] = []
 
-    def lint(self: Target, *place: Any, activations: bool) -> list[Finding]:
-        seen.append(activations)
-        return [*(right(self, *place, activations=activations) or []), WARNING]
+    def lint(self: Target, *place: Any) -> list[Finding]:
+        return [*(right(self, *place) or []), WARNING]
 
-    right = type(target).lint
+    def observe(self: Target, *place: Any) -> Activations | None:
+        seen.append(place[2:])
+        return looked(self, *place)
+
+    right, looked = type(target).lint, type(target).observe
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(target), "lint", lint)
+        patch.setattr(type(target), "observe", observe)
         found = judge.judge(
             model, config, RECIPE, target, folder, manifest, 1, silent, with_latency=False, amounts=Amounts(64, STEPS)
         )
-    assert seen == [True]
+    ((prompts, pictures),) = seen
+    assert [len(prompt.images) for prompt in prompts] == [2, 0], "the probe, then what the bundle can say"
+    assert [picture.shape[1:] for picture in pictures] == [tuple(size) for size in manifest["image_sizes"]]
     return json.loads(json.dumps(found))
 
 

@@ -100,8 +100,8 @@ GATES: dict[str, Gate] = {
     "L3.int8.drift": Gate(0.01, "that of kl_mean: the recurrent state must not wander off"),
     "L3.int8.chunking": Gate(
         5e-3,
-        "sums in another order move int8 activations: tiny 4e-5 on its task, 2e-3 on prose it never learned; a state that "
-        "fades by a tenth a step gives 0.06",
+        "sums in another order move int8 activations: tiny 4e-5 on its task, 2e-3 on prose it never learned; a "
+        "state that fades by a tenth a step gives 0.06",
     ),
     "L3.int4.kl_mean": Gate(0.25, "4 bits in groups; tiny measures 0.02 to 0.08, nonsense starts near 1"),
     "L3.int4.sqnr_db": Gate(10, "4 bits: 10 % of the logits' power is noise; tiny measures 22", at_least=True),
@@ -142,6 +142,11 @@ GATES: dict[str, Gate] = {
     "L3.one_token": Gate(0, "first answers of one token over and over, which the reference's are not"),
     "L3.reference_agrees": Gate(
         0.99, "share of the reference's own tokens that transformers would have chosen, near ties apart", at_least=True
+    ),
+    "L3.activations": Gate(
+        65504 / 2,
+        "the largest value in float16, which ends at 65,504: a factor of two for conversations nobody tried; beyond it "
+        "streams must be scaled (export.quantize.scale) or the bundle is wrong without a word",
     ),
     "L3.text_runner": Gate(1e-4, "the same weights one token at a time by another method; measured 0 to 2e-7"),
     "L3.fp32.task_drop": Gate(0.0, "points of task accuracy lost without quantisation: none"),
