@@ -125,7 +125,7 @@ def test_the_verdict_is_one_sentence(kind: str, sentence: str) -> None:
 def test_the_card_begins_with_the_same_verdict() -> None:
     text = card.render(manifest(), report(), "as told")
     assert text.index("**Accepted:** all 19 gates passed") < text.index("To load it") < text.index("| L0 | L0.logits")
-    assert text.index("| L3 | L3.greedy_tokens") < text.index("| L3 | L3.kl_p99"), "gated ones first"
+    assert text.index("| L3 | L3.own_kl") < text.index("| L3 | L3.kl_p99"), "gated ones first"
     assert "**Not validated:**" in card.render(manifest(), None, "as told")
 
 
@@ -186,7 +186,7 @@ def test_every_check_stands_in_the_page_with_its_sentence_and_its_unit() -> None
         for each in rung["checks"]:
             said = words(each["name"])
             assert f"{each['name']} {said.measures} If bad: {said.bad}" in text
-    assert "4,659,865,088 weights" in text and "21.6 dB" in text and "15.2 tokens" in text
+    assert "4,659,865,088 weights" in text and "21.6 dB" in text and "512 steps" in text
 
 
 def test_an_emulation_shows_work_and_no_time() -> None:
