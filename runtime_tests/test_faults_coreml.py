@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from coremltools.converters.mil.mil import Builder as mb
 
+from export.checkpoint.weights import Weights
 from export.quantize.conditioned import weights_for
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
