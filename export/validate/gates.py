@@ -95,8 +95,8 @@ GATES: dict[str, Gate] = {
     "L3.int8.drift": Gate(0.01, "that of kl_mean: the recurrent state must not wander off"),
     "L3.int8.chunking": Gate(
         5e-3,
-        "sums in another order move int8 activations: tiny 4e-5 on its task, 2e-3 on prose it never learned; a state that "
-        "fades by a tenth a step gives 0.06",
+        "sums in another order move int8 activations: tiny 4e-5 on its task, 2e-3 on prose it never learned; a state "
+        "that fades by a tenth a step gives 0.06",
     ),
     "L3.int4.kl_mean": Gate(0.25, "4 bits in groups; tiny measures 0.02 to 0.08, nonsense starts near 1"),
     "L3.int4.sqnr_db": Gate(10, "4 bits: 10 % of the logits' power is noise; tiny measures 22", at_least=True),
