@@ -363,7 +363,7 @@ def _check_recipe(name: str, group_size: int | None) -> None:
     from export.quantize.recipe import load_recipe
 
     recipe = load_recipe(name, group_size)
-    if group_size is not None and all(setting.bits != 4 for setting in recipe.roles.values()):
+    if group_size is not None and all(setting.bits != 4 for _, setting in recipe.entries()):
         raise UsageError(f"--group-size {group_size}: recipe {name} has no 4-bit role to group; leave it out")
 
 

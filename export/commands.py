@@ -118,13 +118,9 @@ def _as_list(layer: int | list[int]) -> list[int]:
 
 
 def recipe_of(manifest: dict[str, Any]) -> Any:
-    from export.quantize.recipe import Recipe, Setting
+    from export.quantize.recipe import Recipe
 
-    roles = {
-        role: Setting(s["bits"], s.get("group_size"), s.get("symmetric", True), s.get("method", "rtn"))
-        for role, s in manifest["quantization"]["roles"].items()
-    }
-    return Recipe(manifest["quantization"]["recipe"], roles)
+    return Recipe.from_manifest(manifest["quantization"])
 
 
 def validate(options: argparse.Namespace) -> int:

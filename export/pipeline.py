@@ -16,8 +16,9 @@ from export.chat.sidecars import write_tokenizer
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
+from export.quantize.conditioned import weights_for
 from export.quantize.quantizer import Quantizer
-from export.quantize.recipe import Recipe, load_recipe
+from export.quantize.recipe import Recipe, general, load_recipe
 from export.report import card
 from export.spec import ExportSpec, GateError, UsageError
 from export.validate import judge
@@ -62,13 +63,14 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
             config = config.without_vision()
     for notice in checkpoint.notices:
         progress.notice(notice)
-    weights = Weights(checkpoint, config)
+    weights = weights_for(checkpoint, config, recipe.conditioning)
     check_request(spec, target, weights, recipe)
-    quantizer = Quantizer(weights, recipe)
+    quantizer = Quantizer(weights, recipe, target.capabilities.smallest_scale)
+    described = quantizer.recipe.as_manifest()
     key = {
         **spec.build_key(),
         "content": checkpoint.content_key(),
-        "roles": quantizer.recipe.as_manifest()["roles"],
+        "quantization": {name: described.get(name) for name in ("roles", "layers", "conditioning")},
         "built_with": built_with(),
     }
     report = None
@@ -81,7 +83,7 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
         with progress.stage("lower", total=num_parameters(weights)) as bar:
             lowered = target.lower(
                 Job(
-                    config,
+                    weights.config,
                     quantizer,
                     spec.context_length,
                     spec.prefill_lengths,
@@ -139,7 +141,8 @@ def check_request(spec: ExportSpec, target: Target, weights: Weights, recipe: Re
         UsageError: naming option, value, rule and remedy.
     """
     target.capabilities.check(target.name, spec, recipe)
-    recipe.check(
+    text = weights.config.text
+    recipe.for_model(text.tie_word_embeddings, text.num_hidden_layers).check(
         (p.name.removesuffix(".weight"), p.role, p.shape[1])
         for p in weights.parameters.values()
         if p.role != "kept"
@@ -160,7 +163,7 @@ def num_parameters(weights: Weights) -> int:
         count = 1
         for extent in parameter.shape:
             count *= extent
-        seen[tuple(f"{s.tensor}{s.start}" for s in parameter.segments)] = count
+        seen[parameter.transform, *(f"{s.tensor}{s.start}" for s in parameter.segments)] = count
     return sum(seen.values())
 
 
@@ -192,11 +195,13 @@ def describe(
     """The manifest, all but `files` and the final status."""
     config: ModelConfig = weights.config
     variant = "base" if spec.base else "instruct"
-    roles = recipe.as_manifest()
-    for role in roles["roles"].values():
-        role["activations"] = target.capabilities.activations[role["bits"]]
+    quantization = recipe.as_manifest()
+    for roles in (quantization["roles"], *(table["roles"] for table in quantization.get("layers", ()))):
+        for role in roles.values():
+            role["activations"] = target.capabilities.activations[role["bits"]]
     if config.vision is None:
-        roles["roles"].pop("vision", None)
+        for name in [name for name in quantization["roles"] if general(name) == "vision"]:
+            del quantization["roles"][name]
     source = {"revision": None, "seed": None, **checkpoint.source}
     return {
         "schema_version": "1.0",
@@ -219,7 +224,7 @@ def describe(
             "profile": spec.profile or target.capabilities.profiles[0],
             **({"state_layout": spec.state_layout} if spec.state_layout else {}),
         },
-        "quantization": roles,
+        "quantization": quantization,
         "context_length": spec.context_length,
         "prefill_lengths": list(spec.prefill_lengths),
         "image_sizes": [list(size) for size in spec.image_sizes] if config.vision is not None else [],

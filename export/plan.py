@@ -19,7 +19,7 @@ from export.checkpoint.adapter_config import NO_ADAPTER, AdapterConfig
 from export.checkpoint.names import expected
 from export.checkpoint.published import read_config
 from export.model.config import FULL, ModelConfig
-from export.quantize.recipe import Recipe, Setting, load_recipe
+from export.quantize.recipe import Recipe, Setting, layer_of, load_recipe
 from export.sizes import SIZES, TINY, check_size, hub_id, shipped_tiny
 from export.spec import ExportSpec, UsageError
 from targets import describe_target
@@ -38,16 +38,20 @@ SCALE_COPIES = 3
 _ROLES = (
     (r"lm_head\.weight", "lm_head"),
     (r".*\.embed_tokens\.weight", "embedding"),
-    (r".*\.linear_attn\.(in_proj_qkv|in_proj_z|out_proj)\.weight", "linear_attention"),
-    (r".*\.self_attn\.[qkvo]_proj\.weight", "decoder"),
-    (r"model\.language_model\..*\.mlp\.\w+_proj\.weight", "decoder"),
-    (r"model\.visual\.(blocks|merger)\..*(qkv|proj|linear_fc1|linear_fc2)\.weight", "vision"),
+    (r".*\.linear_attn\.(in_proj_qkv|in_proj_z)\.weight", "linear_attention"),
+    (r".*\.linear_attn\.out_proj\.weight", "linear_attention_out"),
+    (r".*\.self_attn\.[qkv]_proj\.weight", "attention"),
+    (r".*\.self_attn\.o_proj\.weight", "attention_out"),
+    (r"model\.language_model\..*\.mlp\.(gate|up)_proj\.weight", "mlp"),
+    (r"model\.language_model\..*\.mlp\.down_proj\.weight", "mlp_down"),
+    (r"model\.visual\.blocks\..*(qkv|proj|linear_fc1|linear_fc2)\.weight", "vision"),
+    (r"model\.visual\.merger\.(linear_fc1|linear_fc2)\.weight", "vision_merger"),
 )
 
 
 @dataclass(frozen=True)
 class RoleSize:
-    """How much of the model one role is; `bits` 32 means unquantised."""
+    """How much of the model follows one entry of the recipe, "kept" none; `bits` 32 means unquantised."""
 
     role: str
     parameters: int
@@ -85,6 +89,12 @@ def role_of(name: str, tied: bool) -> str:
     return "kept"
 
 
+def entry_of(name: str, recipe: Recipe, tied: bool) -> tuple[str, Setting]:
+    """(path in the recipe, setting) of the entry that a published tensor follows; "kept" is none."""
+    role = role_of(name, tied)
+    return (role, Setting(32)) if role == "kept" else recipe.entry(role, layer_of(name))
+
+
 def make(spec: ExportSpec) -> Plan:
     """Count sizes and estimate memory; reads at most a config.json.
 
@@ -104,17 +114,20 @@ def make(spec: ExportSpec) -> Plan:
     able = describe_target(spec.target).capabilities
     recipe = load_recipe(spec.recipe, spec.group_size)
     able.check(spec.target, spec, recipe)
-    recipe = recipe.for_model(tied)
+    recipe = recipe.for_model(tied, config.text.num_hidden_layers)
     shapes = expected(config)
     recipe.check(
         (name, role_of(name, tied), shape[1]) for name, shape in shapes.items() if role_of(name, tied) != "kept"
     )
     # Palettes take more than scales only where each group has one of its own; see targets/to_coreml/cut.py.
-    roles = role_sizes(shapes, recipe, tied, able, spec.palettes and spec.profile == "ane")
+    stored = dict(shapes)
+    if recipe.conditioning.rotate and tied:
+        stored["matrix before the head"] = (config.text.hidden_size, config.text.hidden_size)
+    roles = role_sizes(stored, recipe, tied, able, spec.palettes and spec.profile == "ane")
     weights = sum(role.size_bytes for role in roles)
     if spec.text_runner:  # whose kernel wants an embedding of its own, with float32 scales
         count = config.text.vocab_size * config.text.hidden_size
-        weights += stored_bytes(count, recipe.roles["embedding"], replace(able, scale_bytes=4))
+        weights += stored_bytes(count, recipe.setting("embedding"), replace(able, scale_bytes=4))
     images = spec.image_sizes if config.vision is not None else ()
     if not spec.skip_validation:
         whole = 4 * sum(map(math.prod, shapes.values()))
@@ -137,7 +150,7 @@ def make(spec: ExportSpec) -> Plan:
             "decode",
         ),
         roles=roles,
-        num_parameters=sum(role.parameters for role in roles),
+        num_parameters=sum(map(math.prod, shapes.values())),
         bundle_bytes=weights,
         state_bytes=state_bytes(config, spec),
         peak_memory_bytes=peak_bytes(config, shapes, recipe, weights, spec),
@@ -148,17 +161,18 @@ def make(spec: ExportSpec) -> Plan:
 def role_sizes(
     shapes: Mapping[str, tuple[int, ...]], recipe: Recipe, tied: bool, able: Capabilities, palettes: bool = False
 ) -> tuple[RoleSize, ...]:
-    """Parameters and stored bytes per role."""
+    """Parameters and stored bytes per entry of a recipe for the model."""
     counts: dict[str, int] = {}
+    settings: dict[str, Setting] = {}
     for name, shape in shapes.items():
-        role = role_of(name, tied)
-        counts[role] = counts.get(role, 0) + math.prod(shape)
+        entry, settings[entry] = entry_of(name, recipe, tied)
+        counts[entry] = counts.get(entry, 0) + math.prod(shape)
     sizes = []
-    for role, count in sorted(counts.items()):
-        setting = recipe.roles.get(role, Setting(32))
-        table = role == "embedding" or (role == "lm_head" and tied)
+    for entry, count in sorted(counts.items()):
+        setting = settings[entry]
+        table = entry == "embedding" or (entry == "lm_head" and tied)
         size = stored_bytes(count, setting, able, palettes and not table)
-        sizes.append(RoleSize(role, count, setting.bits, setting.group_size, size))
+        sizes.append(RoleSize(entry, count, setting.bits, setting.group_size, size))
     return tuple(sizes)
 
 
@@ -200,10 +214,12 @@ def peak_bytes(
     tied, able = config.text.tie_word_embeddings, describe_target(spec.target).capabilities
     scales = 0
     for name, shape in shapes.items():
-        setting = recipe.roles.get(role_of(name, tied), Setting(32))
+        setting = entry_of(name, recipe, tied)[1]
         if setting.quantised:
             scales = max(scales, 4 * math.prod(shape) // (setting.group_size or 128))
     peak = RUNTIME_BYTES + SCALE_COPIES * scales
+    if recipe.conditioning.rotate:  # one matrix that writes into the residual stream
+        peak += max(4 * math.prod(shape) for name, shape in shapes.items() if ".mlp.down_proj." in name)
     if spec.target == "executorch" and spec.skip_validation:
         peak += RUNTIME_BYTES + weight_bytes  # of the process that tries every method out
     if not spec.skip_validation:
@@ -243,22 +259,23 @@ def render(plan: Plan, *, as_json: bool) -> str:
     """The plan for a person, or as one JSON line."""
     if as_json:
         return json.dumps({"dry_run": True, **asdict(plan)}, sort_keys=True) + "\n"
+    wide = max(18, *(len(role.role) + 2 for role in plan.roles))
     lines = [
         f"would build {plan.name} in {plan.output}",
         f"  from        {plan.source}, {plan.num_layers} layers, {plan.num_parameters / 1e6:.1f} M parameters",
         f"  signatures  {', '.join(plan.signatures)}",
         f"  context     {plan.context_length} tokens, states {_size(plan.state_bytes)}",
         "",
-        f"  {'role':<18}{'parameters':>14}{'bits':>6}{'group':>9}{'size':>12}",
+        f"  {'role':<{wide}}{'parameters':>14}{'bits':>6}{'group':>9}{'size':>12}",
     ]
     for role in plan.roles:
         group = "-" if role.bits >= 16 else role.group_size or "channel"
         lines.append(
-            f"  {role.role:<18}{role.parameters:>14,}{role.bits:>6}{group:>9}{_size(role.size_bytes):>12}"
+            f"  {role.role:<{wide}}{role.parameters:>14,}{role.bits:>6}{group:>9}{_size(role.size_bytes):>12}"
         )
     lines += [
-        f"  {'bundle, about':<18}{'':>29}{_size(plan.bundle_bytes):>12}",
-        f"  {'peak memory of the export, about':<47}{_size(plan.peak_memory_bytes):>12}",
+        f"  {'bundle, about':<{wide}}{'':>29}{_size(plan.bundle_bytes):>12}",
+        f"  {'peak memory of the export, about':<{wide + 29}}{_size(plan.peak_memory_bytes):>12}",
     ]
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines) + "\n"

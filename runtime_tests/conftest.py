@@ -232,7 +232,7 @@ def build(
     """Lower a checkpoint; the manifest holds what sessions and the ladder read of it."""
     chosen = load_target(target)
     config = checkpoint.model_config
-    quantizer = Quantizer(Weights(checkpoint, config), recipe)
+    quantizer = Quantizer(Weights(checkpoint, config), recipe, chosen.capabilities.smallest_scale)
     limits = {"profile": chosen.capabilities.profiles[0], **limits}
     lowered = chosen.lower(Job(config, quantizer, context, lengths, SIZES, folder, try_out=False, **limits))
     manifest = {

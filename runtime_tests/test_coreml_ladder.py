@@ -60,11 +60,12 @@ def built(model: MemoryCheckpoint, folder: Path) -> dict[str, Any]:
     """A bundle's files; the manifest holds what the ladder and the reports read of it."""
     _, manifest, _ = build(model, folder, RECIPE, "coreml", context=CONTEXT, lengths=LENGTHS, **CUT)
     target = load_target("coreml")
-    manifest["target"] |= {"runtime": target.runtime}
+    manifest["target"] |= {"runtime": target.runtime, "min_version": "iOS18"}
     manifest["tokenizer"]["files"] = []
     return manifest | {
         "name": "small-coreml",
-        "model": {"size": "0.8b", "variant": "instruct", "license": "unknown", "source": {"kind": "random", "id": "m"}},
+        "model": {"size": "0.8b", "variant": "instruct", "license": "unknown", "num_parameters": 1,
+                  "source": {"kind": "random", "id": "m"}},
         "quantization": RECIPE.as_manifest(),
         "files": [],
     }
@@ -169,19 +170,19 @@ def test_the_page_shows_drift_linter_stress_and_source(
     bundle: tuple[Path, dict[str, Any]], report: dict[str, Any]
 ) -> None:
     html = page.render(bundle[1], report)
-    (drawing,) = re.findall(r"<h2>KL over 100 decode steps: drift \(nats\)</h2>(<svg.*?</svg>)", html, re.DOTALL)
+    (drawing,) = re.findall(r"<h3>KL over 100 decode steps: drift \(nats\)</h3>.*?(<svg.*?</svg>)", html, re.DOTALL)
     for label in ("bundle", *(f"{name} states" for name in load_target("coreml").capabilities.state_layouts)):
-        assert f"<!-- {label} -->" in drawing
-    assert f"<td>{WARNING.rule}</td>" in html and WARNING.where in html
+        assert f">{label}</text>" in drawing
+    assert f">{WARNING.rule}</th>" in html and WARNING.where in html
     nothing = "Nothing found that devices are known to object to."
     assert nothing not in html and nothing in page.render(bundle[1], {**report, "lint": []})
     assert "Linter" not in page.render(bundle[1], {name: part for name, part in report.items() if name != "lint"})
-    assert "<td>L3.stress_kl</td>" in html and "no model of any device" in html
+    assert "<code>L3.stress_kl</code>" in html and "no model of any device" in html
     assert "over 95 decode steps" in html
     for rung in ("L1", "L3"):
-        heading = re.search(rf"<h2>{rung} .*?</h2>\s*<p.*?</p>", html, re.DOTALL)
+        heading = re.search(rf"<h3>{rung}: .*?</h3>\s*<p.*?</p>", html, re.DOTALL)
         assert heading and "emulated" in heading[0] and "never those of a device" in heading[0]
-    assert "emulated" not in (re.search(r"<h2>L2 .*?</p>", html, re.DOTALL) or [""])[0]
+    assert "emulated" not in (re.search(r"<h3>L2: .*?</p>", html, re.DOTALL) or [""])[0]
 
 
 @EMULATED
@@ -217,7 +218,7 @@ def test_what_ran_on_a_host_says_so_and_old_reports_claim_nothing(
     word = measured or "unknown"
     for text in (page.render(bundle[1], given), card.render(bundle[1], given, ""), commands.parity_table(given)):
         assert word in text and "emulated" not in text.replace("an emulation", "")
-    assert f">{word}</span></h2>" in page.render(bundle[1], given)
+    assert f">{word}</span></h3>" in page.render(bundle[1], given)
 
 
 def test_a_conversation_goes_on_bit_for_bit(bundle: tuple[Path, dict[str, Any]], model: MemoryCheckpoint) -> None:

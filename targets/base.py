@@ -45,6 +45,8 @@ class Capabilities:
     """Weight width -> dtype in which the runtime multiplies activations with such weights."""
     scale_bytes: int
     """Of one group's scale at 4 bits, as the files hold it."""
+    smallest_scale: float = 2.0**-24
+    """No scale is smaller. Float16 with its subnormal numbers holds this one, and every format of wider exponents."""
     floats: str = "float32"
     """What is not quantised is stored as this, and states, embeddings and logits are."""
     profiles: tuple[str, ...] = ("cpu",)
@@ -69,7 +71,7 @@ class Capabilities:
         Raises:
             UsageError: naming option, value, rule and remedy.
         """
-        for role, setting in recipe.roles.items():
+        for role, setting in recipe.entries():
             if setting.bits not in self.bits:
                 raise UsageError(
                     f"{target} cannot store role {role!r} in {setting.bits} bits; it can {sorted(self.bits)}"
@@ -104,7 +106,7 @@ class Capabilities:
             raise UsageError(f"--max-head-columns: {target} keeps the head in one piece; leave the option out")
         if spec.palettes and not self.palettes:
             raise UsageError(f"--palettes: {target} stores no palettes; leave the option out")
-        if spec.palettes and not any(s.bits == 4 and s.symmetric for s in recipe.roles.values()):
+        if spec.palettes and not any(s.bits == 4 and s.symmetric for _, s in recipe.entries()):
             raise UsageError(f"--palettes: recipe {recipe.name} has no symmetric 4-bit role to store so; leave it out")
 
 

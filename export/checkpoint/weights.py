@@ -17,6 +17,8 @@ from export.model.config import FULL, ModelConfig, TextConfig, VisionConfig
 
 TEXT = "model.language_model"
 VISION = "model.visual"
+HEAD_BASIS = "decoder.basis.weight"
+"""The one parameter that is computed: only `export.quantize.conditioned` makes models that have it."""
 
 BLOCK_ELEMENTS = 4 * 2**20
 """Elements read at a time: 16 MiB in float32, far below what a runtime needs to start."""
@@ -35,7 +37,7 @@ class Segment:
 class Parameter:
     """A parameter of the exportable model: its shape, its source rows and its role in a recipe.
 
-    Roles: decoder, linear_attention, lm_head, embedding, vision, or kept (never quantised).
+    Roles are the finest that recipes know (export.quantize.recipe), or kept (never quantised).
     """
 
     name: str
@@ -87,6 +89,9 @@ def _text(config: TextConfig) -> list[Parameter]:
         _whole("decoder.norm.weight", f"{TEXT}.norm.weight", hidden, transform="plus_one"),
         _whole("decoder.head.weight", head, vocab, hidden, role="lm_head"),
     ]
+    if config.head_basis:
+        source = Segment(f"{TEXT}.norm.weight", 0, hidden)
+        entries.append(Parameter(HEAD_BASIS, (hidden, hidden), (source,), transform="head_basis"))
     for index, kind in enumerate(config.layer_types):
         ours, theirs = f"decoder.layers.{index}", f"{TEXT}.layers.{index}"
         entries += _attention(config, ours, theirs) if kind == FULL else _delta(config, ours, theirs)
@@ -96,9 +101,9 @@ def _text(config: TextConfig) -> list[Parameter]:
             )
         width = config.intermediate_size
         entries += [
-            _whole(f"{ours}.mlp.gate.weight", f"{theirs}.mlp.gate_proj.weight", width, hidden, role="decoder"),
-            _whole(f"{ours}.mlp.up.weight", f"{theirs}.mlp.up_proj.weight", width, hidden, role="decoder"),
-            _whole(f"{ours}.mlp.down.weight", f"{theirs}.mlp.down_proj.weight", hidden, width, role="decoder"),
+            _whole(f"{ours}.mlp.gate.weight", f"{theirs}.mlp.gate_proj.weight", width, hidden, role="mlp"),
+            _whole(f"{ours}.mlp.up.weight", f"{theirs}.mlp.up_proj.weight", width, hidden, role="mlp"),
+            _whole(f"{ours}.mlp.down.weight", f"{theirs}.mlp.down_proj.weight", hidden, width, role="mlp_down"),
         ]
     return entries
 
@@ -124,7 +129,7 @@ def _delta(config: TextConfig, ours: str, theirs: str) -> list[Parameter]:
         _whole(f"{ours}.decay_scale", f"{theirs}.A_log", heads, transform="negative_exp"),
         _whole(f"{ours}.dt_bias", f"{theirs}.dt_bias", heads),
         _whole(f"{ours}.norm_weight", f"{theirs}.norm.weight", config.linear_value_head_dim),
-        _whole(f"{ours}.out.weight", f"{theirs}.out_proj.weight", hidden, values, role="linear_attention"),
+        _whole(f"{ours}.out.weight", f"{theirs}.out_proj.weight", hidden, values, role="linear_attention_out"),
     ]
 
 
@@ -137,13 +142,13 @@ def _attention(config: TextConfig, ours: str, theirs: str) -> list[Parameter]:
     q = tuple(Segment(f"{theirs}.q_proj.weight", 2 * h * width, (2 * h + 1) * width) for h in heads)
     gate = tuple(Segment(f"{theirs}.q_proj.weight", (2 * h + 1) * width, (2 * h + 2) * width) for h in heads)
     return [
-        Parameter(f"{ours}.q.weight", (queries, hidden), q, "decoder"),
-        _whole(f"{ours}.k.weight", f"{theirs}.k_proj.weight", keys, hidden, role="decoder"),
-        _whole(f"{ours}.v.weight", f"{theirs}.v_proj.weight", keys, hidden, role="decoder"),
-        Parameter(f"{ours}.gate.weight", (queries, hidden), gate, "decoder"),
+        Parameter(f"{ours}.q.weight", (queries, hidden), q, "attention"),
+        _whole(f"{ours}.k.weight", f"{theirs}.k_proj.weight", keys, hidden, role="attention"),
+        _whole(f"{ours}.v.weight", f"{theirs}.v_proj.weight", keys, hidden, role="attention"),
+        Parameter(f"{ours}.gate.weight", (queries, hidden), gate, "attention"),
         _whole(f"{ours}.q_norm.weight", f"{theirs}.q_norm.weight", width, transform="plus_one"),
         _whole(f"{ours}.k_norm.weight", f"{theirs}.k_norm.weight", width, transform="plus_one"),
-        _whole(f"{ours}.out.weight", f"{theirs}.o_proj.weight", hidden, queries, role="decoder"),
+        _whole(f"{ours}.out.weight", f"{theirs}.o_proj.weight", hidden, queries, role="attention_out"),
     ]
 
 
@@ -151,9 +156,9 @@ def _vision(config: VisionConfig) -> list[Parameter]:
     hidden, width = config.hidden_size, config.intermediate_size
     merged = hidden * config.spatial_merge_size**2
 
-    def affine(ours: str, theirs: str, rows: int, columns: int) -> list[Parameter]:
+    def affine(ours: str, theirs: str, rows: int, columns: int, role: str = "vision") -> list[Parameter]:
         return [
-            _whole(f"vision.{ours}.weight", f"{VISION}.{theirs}.weight", rows, columns, role="vision"),
+            _whole(f"vision.{ours}.weight", f"{VISION}.{theirs}.weight", rows, columns, role=role),
             _whole(f"vision.{ours}.bias", f"{VISION}.{theirs}.bias", rows),
         ]
 
@@ -176,8 +181,8 @@ def _vision(config: VisionConfig) -> list[Parameter]:
             "vision.position_weight", f"{VISION}.pos_embed.weight", config.num_position_embeddings, hidden
         ),
         *norm("merger_norm", "merger.norm"),
-        *affine("merger_up", "merger.linear_fc1", merged, merged),
-        *affine("merger_down", "merger.linear_fc2", config.out_hidden_size, merged),
+        *affine("merger_up", "merger.linear_fc1", merged, merged, "vision_merger"),
+        *affine("merger_down", "merger.linear_fc2", config.out_hidden_size, merged, "vision_merger"),
     ]
     for i in range(config.depth):
         ours, theirs = f"blocks.{i}", f"blocks.{i}"
@@ -221,6 +226,10 @@ class Weights:
             first += count
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         return TRANSFORMS[parameter.transform](joined)
+
+    def to_stream(self, rows: Tensor) -> Tensor:
+        """Published rows [T, D] of the text's residual stream (embeddings, pictures') as this model's own has them."""
+        return rows
 
     def tensor(self, name: str) -> Tensor:
         """A whole parameter as float32."""

@@ -53,6 +53,8 @@ class TextConfig:
     linear_value_head_dim: int
     linear_conv_kernel_dim: int
     tie_word_embeddings: bool
+    head_basis: bool = False
+    """Between the last norm and the head stands a matrix [D, D]: the head is tied to an embedding in another basis."""
 
     @property
     def num_hidden_layers(self) -> int:

@@ -11,12 +11,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 import psutil
+import torch
 from numpy.typing import NDArray
 
 from export.chat.conversation import Contract, chunks
 from export.checkpoint.base import Checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
+from export.quantize.conditioned import weights_for
 from export.quantize.recipe import Recipe
 from export.validate import dialogues, reference, teacher, transformers_model
 from export.validate.amounts import STEPWISE, Amounts
@@ -105,7 +107,12 @@ class Case:
 
     @cached_property
     def weights(self) -> Weights:
-        return Weights(self.checkpoint, self.config)
+        """As the bundle has them, before rounding."""
+        return weights_for(self.checkpoint, self.config, self.recipe.conditioning)
+
+    def to_stream(self, rows: NDArray[Any]) -> NDArray[np.float32]:
+        """Rows [T, D] from transformers' embedding or vision tower as the bundle's residual stream has them."""
+        return self.weights.to_stream(torch.from_numpy(rows)).numpy()
 
     @cached_property
     def image_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -134,8 +141,9 @@ class Case:
 
     @cached_property
     def true_pictures(self) -> list[NDArray[np.float32]]:
-        """transformers' image embeddings of `pictures`."""
-        return self.once("pictures", lambda: reference.hf_vision(self.checkpoint, self.config, self.pictures))
+        """transformers' image embeddings of `pictures`, as the bundle's stream has them."""
+        found = self.once("pictures", lambda: reference.hf_vision(self.checkpoint, self.config, self.pictures))
+        return [self.to_stream(each) for each in found]
 
     @cached_property
     def plan(self) -> list[tuple[int | None, int]]:

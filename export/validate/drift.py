@@ -126,8 +126,8 @@ def _in_layout(case: Case, layout: str, context_length: int) -> Iterator[Session
     place = case.folder if case.folder.suffix == ".partial" else case.folder.parent
     with tempfile.TemporaryDirectory(prefix="drift-", dir=place) as scratch:
         job = Job(
-            case.config,
-            Quantizer(case.weights, case.recipe),
+            case.weights.config,
+            Quantizer(case.weights, case.recipe, case.target.capabilities.smallest_scale),
             context_length,
             case.prefill_lengths,
             (),

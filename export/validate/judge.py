@@ -19,7 +19,7 @@ from export.progress import MemorySampler
 from export.quantize.recipe import Recipe
 from export.sizes import SHIPPED, TINY
 from export.spec import UsageError
-from export.validate import chats, latency, task, texts
+from export.validate import chats, latency, task, texts, work
 from export.validate.amounts import Amounts, amounts_for
 from export.validate.case import Case, Known
 from export.validate.ladder import RUNGS, climb
@@ -128,6 +128,7 @@ def measure(
     """Latency of the bundle and of PyTorch in the same run."""
     bundle = measure_bundle(target, folder, manifest, threads)
     prompt = bundle["prefill"]["prompt_tokens"]
+    bundle["decode_macs"] = work.decode_macs(config, prompt)
     reference = latency.measure_reference(checkpoint, config, threads, prompt, 2, 4)
     return {"bundle": bundle, "reference": reference}
 
@@ -244,4 +245,5 @@ def write_reports(writer: BundleWriter, manifest: dict[str, Any], report: dict[s
     if "latency" in report:
         writer.add_json("latency.json", "report", report["latency"])
         manifest["reports"]["latency"] = "latency.json"
-    writer.add("report.html", "report").write_text(render(manifest, report), encoding="utf-8")
+    page = render({**manifest, "files": writer.files()}, report)
+    writer.add("report.html", "report").write_text(page, encoding="utf-8")

@@ -7,6 +7,7 @@ lowerings must fail here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
@@ -18,13 +19,13 @@ from export.chat.conversation import Contract
 from export.model import state
 from export.model.positions import splice
 from export.quantize.quantizer import Quantizer
-from export.quantize.recipe import Recipe
+from export.quantize.recipe import general
 from export.validate import metrics, reference
 from export.validate.amounts import STEPWISE
 from export.validate.answers import own_answers, task_accuracy, text_runner
 from export.validate.case import Case, Rung, make_plan
 from export.validate.drift import drift, stress
-from export.validate.gates import Check, gated, recorded
+from export.validate.gates import GATES, Check, gated, recorded
 from export.validate.lowered import l1
 from export.validate.probe import picture_tokens
 from export.validate.replay import canonical, image_embeddings, replay, state_errors, worst
@@ -39,15 +40,15 @@ def l0(case: Case) -> Rung:
 
     transformers' side takes tying, positions, splicing and pictures from transformers too, ours from this project.
     Where the whole of transformers' model fits the memory, its one forward pass is held against its streamed layers.
-    No bundle takes part, so that several of one checkpoint need it once.
+    No bundle takes part, so that several of one checkpoint, conditioned alike, need it once.
     """
-    return case.once("L0", lambda: _l0(case), case.prefill_lengths)
+    return case.once("L0", lambda: _l0(case), case.prefill_lengths, case.recipe.conditioning)
 
 
 def _l0(case: Case) -> Rung:
     truth, true_states = case.truth
     rows_needed = state.cache_rows(len(case.probe.ids), case.prefill_lengths)
-    rows = reference.embed(case.checkpoint, case.probe.ids)
+    rows = case.to_stream(reference.embed(case.checkpoint, case.probe.ids))
     images = [reference.own_vision(case.weights, image) for image in case.probe.images]
     rows = splice(rows, case.probe.ids, case.config.image_token_id, images)
     logits, states = reference.own_sequence(
@@ -70,8 +71,10 @@ def _l0(case: Case) -> Rung:
 
 
 def l2(case: Case) -> Rung:
-    """Every weight of the artifact, dequantised, against the quantiser's reference, bit for bit."""
-    quantizer = Quantizer(case.weights, case.recipe)
+    """Every weight of the artifact, dequantised, against the quantiser's reference, bit for bit; and how far that
+    reference is from the checkpoint, tensor by tensor.
+    """
+    quantizer = Quantizer(case.weights, case.recipe, case.target.capabilities.smallest_scale)
     compared, wrong, names = 0, 0, []
     seen: dict[Any, int] = {}
     for name, (start, block) in case.target.stored_weights(case.folder, case.manifest, quantizer):
@@ -79,9 +82,7 @@ def l2(case: Case) -> Rung:
         if size:
             expected = _positions(quantizer, parameter, size)
         else:
-            expected = quantizer.reference_rows(parameter, start, start + len(block))
-        if case.floats == "float16" and quantizer.setting(parameter) is None and not size:
-            expected = expected.half().float()
+            expected = quantizer.reference_rows(parameter, start, start + len(block), case.floats)
         # As bits: a NaN differs from itself, and -0 is another weight than 0 only in name.
         different = expected.numel()
         if expected.numel() == block.numel():
@@ -93,12 +94,24 @@ def l2(case: Case) -> Rung:
         if different and name not in names:
             names.append(name)
     missing = sorted(set(_expected(case, quantizer, seen)))
+    errors = dict(sorted(quantizer.relative_errors().items(), key=lambda item: _worse(item[1]), reverse=True))
     checks = [
         gated("L2.mismatches", wrong),
         gated("L2.missing", len(missing)),
+        gated("L2.tensor_error", next(iter(errors.values()), 0.0)),
         recorded("L2.weights", compared),
     ]
-    return Rung("L2", checks, {"wrong": names, "missing": missing})
+    notes = [
+        f"{name} was lost in storage: its error is {error:.0%} of its own size. Store its role with more bits, or "
+        "scale the tensor up in the checkpoint, and down what reads it."
+        for name, error in errors.items()
+        if not GATES["L2.tensor_error"].passes(error)
+    ]
+    return Rung("L2", checks, {"wrong": names, "missing": missing, "tensor_errors": errors}, notes)
+
+
+def _worse(error: float) -> float:
+    return math.inf if math.isnan(error) else error
 
 
 def _content(quantizer: Quantizer, name: str) -> tuple[Any, ...]:
@@ -155,7 +168,7 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
     ends = [first + valid - 1 for first, _, valid in reference.pieces(len(rows), case.plan)]
     logits = np.stack(replay(session, rows, probe.positions, case.plan, junk=0.0))
     errors = state_errors(config, true_states, canonical(config, session.states()), len(rows))
-    kind = quality(case.recipe, floats=case.floats)
+    kind = quality(case)
 
     def quality_check(name: str, value: float) -> Check:
         return gated(f"L3.{name}", value, f"L3.{kind}.{name}", enforced=case.gate_quality)
@@ -197,7 +210,7 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
     if at_pictures:
         checks.append(recorded("L3.kl_pictures", float(scored["pictures"].kl.mean())))
     if case.pictures:
-        seeing = quality(case.recipe, ("vision",), case.floats)
+        seeing = quality(case, "vision")
         value = worst(case.true_pictures, image_embeddings(session, case.pictures))
         checks.append(gated("L3.vision", value, f"L3.{seeing}.vision", enforced=case.gate_quality))
     checks += text_runner(session, probe, picture_tokens(config))
@@ -249,12 +262,14 @@ def _chunking(case: Case, session: Session, rows: NDArray[Any]) -> float:
     return Scores.of(stepwise[ends], chunked, [None] * len(ends)).kl_mean
 
 
-def quality(recipe: Recipe, roles: tuple[str, ...] | None = None, floats: str = "float32") -> str:
-    """Which row of the gates a recipe, or some of its roles, is held to: that of its narrowest weights, or of the
-    runtime's activations where nothing is quantised.
+def quality(case: Case, role: str | None = None) -> str:
+    """Which row of the gates a bundle is held to, or the weights of one general role in it: that of the narrowest
+    weights that it really has, or of the runtime's activations where nothing is quantised.
     """
-    bits = min(setting.bits for role, setting in recipe.roles.items() if roles is None or role in roles)
-    return "int4" if bits <= 4 else "int8" if bits <= 8 else "fp32" if floats == "float32" else "fp16"
+    quantizer = Quantizer(case.weights, case.recipe)
+    names = [name for name, p in case.weights.parameters.items() if role is None or general(p.role) == role]
+    bits = min(setting.bits if (setting := quantizer.setting(name)) else 32 for name in names)
+    return "int4" if bits <= 4 else "int8" if bits <= 8 else "fp32" if case.floats == "float32" else "fp16"
 
 
 def climb(case: Case, rungs: tuple[str, ...] = RUNGS, on_rung: Callable[[str], None] = lambda r: None) -> list[Rung]:

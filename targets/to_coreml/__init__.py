@@ -43,6 +43,7 @@ class CoreMLTarget:
         several_files=True,
         activations={4: "float16", 8: "float16", 32: "float16"},
         scale_bytes=2,
+        smallest_scale=2.0**-14,  # scales are float16, whose subnormal numbers a GPU or Neural Engine may take for zero
         floats="float16",
         profiles=tuple(PROFILES),
         state_layouts=tuple(STATE_LAYOUTS),

@@ -45,6 +45,8 @@ def storage_key(parameter: Parameter, setting: Setting | None) -> str:
     how = "float32" if setting is None else f"int{setting.bits}g{setting.group_size}"
     if setting is not None and not setting.symmetric:
         how += "a"
+    if setting is not None and setting.scales != "search":
+        how += setting.scales
     return f"{rows}|{parameter.transform}|{how}"
 
 
