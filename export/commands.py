@@ -137,7 +137,7 @@ def validate(options: argparse.Namespace) -> int:
     several = len(bundles) > 1
     reporter = Reporter(quiet=options.quiet, json_lines=options.json)
     checkpoint = open_source(bundles[0], options.checkpoint, options.adapter)
-    known: dict[Hashable, Any] = {}
+    known: dict[tuple[Hashable, ...], Any] = {}
     reports = [_climb(b, checkpoint, options, reporter, known, alone=not several) for b in bundles]
     if (several or page) and not options.rung:
         # One after the other, after all ladders: the speed of a shared host changes with time.
@@ -175,7 +175,7 @@ def _climb(
     checkpoint: Any,
     options: argparse.Namespace,
     reporter: Reporter,
-    known: dict[Hashable, Any],
+    known: dict[tuple[Hashable, ...], Any],
     *,
     alone: bool,
 ) -> dict[str, Any]:
@@ -370,13 +370,18 @@ def bench_table(entry: dict[str, Any]) -> str:
 
 def lint(options: argparse.Namespace) -> int:
     """Print what the target's linter holds against a bundle; 3 if one finding is an error."""
+    from export.validate.examples import examples
     from targets import load_target
 
     bundle = Bundle.open(options.bundle, verify=options.verify)
     name = bundle.manifest["target"]["name"]
     torch.set_num_threads(options.threads)
+    target = load_target(name)
     with Reporter(quiet=options.quiet, json_lines=options.json).stage("lint"):
-        findings = load_target(name).lint(bundle.path, bundle.manifest, activations=options.activations)
+        findings = target.lint(bundle.path, bundle.manifest)
+        if options.activations and findings is not None and not any(f.severity == "error" for f in findings):
+            seen = target.observe(bundle.path, bundle.manifest, examples(bundle.path, bundle.manifest))
+            findings += seen.findings if seen is not None else []
     if findings is None:
         raise UsageError(f"{bundle.path.name} is for {name}, which has no linter; coreml bundles have one")
     result = {"findings": [asdict(found) for found in findings]}

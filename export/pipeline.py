@@ -16,6 +16,7 @@ from export.chat.sidecars import write_tokenizer
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
+from export.quantize.conditioned import weights_for
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe, general, load_recipe
 from export.report import card
@@ -62,15 +63,14 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
             config = config.without_vision()
     for notice in checkpoint.notices:
         progress.notice(notice)
-    weights = Weights(checkpoint, config)
+    weights = weights_for(checkpoint, config, recipe.conditioning)
     check_request(spec, target, weights, recipe)
-    quantizer = Quantizer(weights, recipe)
+    quantizer = Quantizer(weights, recipe, target.capabilities.smallest_scale)
     described = quantizer.recipe.as_manifest()
     key = {
         **spec.build_key(),
         "content": checkpoint.content_key(),
-        "roles": described["roles"],
-        "layers": described.get("layers"),
+        "quantization": {name: described.get(name) for name in ("roles", "layers", "conditioning")},
         "built_with": built_with(),
     }
     report = None
@@ -83,7 +83,7 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
         with progress.stage("lower", total=num_parameters(weights)) as bar:
             lowered = target.lower(
                 Job(
-                    config,
+                    weights.config,
                     quantizer,
                     spec.context_length,
                     spec.prefill_lengths,
@@ -115,7 +115,7 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
 
         if spec.skip_validation:
             with progress.stage("lint"):
-                found = target.lint(writer.path, manifest, activations=False)
+                found = target.lint(writer.path, manifest)
             heed(found or ())
         else:
             place = target, writer.path, manifest
@@ -163,7 +163,7 @@ def num_parameters(weights: Weights) -> int:
         count = 1
         for extent in parameter.shape:
             count *= extent
-        seen[tuple(f"{s.tensor}{s.start}" for s in parameter.segments)] = count
+        seen[parameter.transform, *(f"{s.tensor}{s.start}" for s in parameter.segments)] = count
     return sum(seen.values())
 
 

@@ -120,7 +120,10 @@ def make(spec: ExportSpec) -> Plan:
         (name, role_of(name, tied), shape[1]) for name, shape in shapes.items() if role_of(name, tied) != "kept"
     )
     # Palettes take more than scales only where each group has one of its own; see targets/to_coreml/cut.py.
-    roles = role_sizes(shapes, recipe, tied, able, spec.palettes and spec.profile == "ane")
+    stored = dict(shapes)
+    if recipe.conditioning.rotate and tied:
+        stored["matrix before the head"] = (config.text.hidden_size, config.text.hidden_size)
+    roles = role_sizes(stored, recipe, tied, able, spec.palettes and spec.profile == "ane")
     weights = sum(role.size_bytes for role in roles)
     if spec.text_runner:  # whose kernel wants an embedding of its own, with float32 scales
         count = config.text.vocab_size * config.text.hidden_size
@@ -147,7 +150,7 @@ def make(spec: ExportSpec) -> Plan:
             "decode",
         ),
         roles=roles,
-        num_parameters=sum(role.parameters for role in roles),
+        num_parameters=sum(map(math.prod, shapes.values())),
         bundle_bytes=weights,
         state_bytes=state_bytes(config, spec),
         peak_memory_bytes=peak_bytes(config, shapes, recipe, weights, spec),
@@ -215,6 +218,8 @@ def peak_bytes(
         if setting.quantised:
             scales = max(scales, 4 * math.prod(shape) // (setting.group_size or 128))
     peak = RUNTIME_BYTES + SCALE_COPIES * scales
+    if recipe.conditioning.rotate:  # one matrix that writes into the residual stream
+        peak += max(4 * math.prod(shape) for name, shape in shapes.items() if ".mlp.down_proj." in name)
     if spec.target == "executorch" and spec.skip_validation:
         peak += RUNTIME_BYTES + weight_bytes  # of the process that tries every method out
     if not spec.skip_validation:

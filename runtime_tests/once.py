@@ -7,7 +7,8 @@ that a fault shows as it would without. Tests that compare two exports with each
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 from export.chat.conversation import Contract
 from export.model import trace
 from export.model.session import TorchSession
-from export.validate import answers, reference
+from export.validate import answers, dialogues, reference, teacher
+from export.validate.chats import Chat
+from export.validate.teacher import Reading
 
 
 class Memory:
@@ -67,6 +70,7 @@ class Memory:
 
         for name in ("hf_sequence", "hf_vision"):
             patch.setattr(reference, name, remembered(name, getattr(reference, name)))
+        patch.setattr(teacher, "hf_logits", remembered("hf_logits", teacher.hf_logits))
 
     def modules(self, patch: pytest.MonkeyPatch) -> None:
         """What our modules compute, layer by layer, of a checkpoint. Not where they are what is tested."""
@@ -80,6 +84,7 @@ class Memory:
 
         for name in ("own_sequence", "own_vision"):
             patch.setattr(reference, name, remembered(name, getattr(reference, name)))
+        patch.setattr(dialogues, "reference_answers", remembered("answers", dialogues.reference_answers))
 
     def answers(self, patch: pytest.MonkeyPatch) -> None:
         """What our modules answer to the prompts of a task. Not where they are what is tested."""
@@ -105,4 +110,6 @@ def digest(value: Any) -> Any:
     """A key of the same content: that of arrays is short."""
     if isinstance(value, np.ndarray):
         return value.shape, str(value.dtype), hashlib.sha256(value.tobytes()).hexdigest()
-    return tuple(map(digest, value)) if isinstance(value, list) else value
+    if isinstance(value, Reading | Chat):
+        return tuple(digest(getattr(value, field.name)) for field in fields(value))
+    return tuple(map(digest, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -25,9 +25,8 @@ from export.checkpoint.weights import Weights
 from export.model.positions import PromptError
 from export.model.session import Model, TorchSession
 from export.spec import UsageError
-from export.validate import answers, reference
+from export.validate import answers, chats, dialogues
 from export.validate.case import Case
-from export.validate.gates import GREEDY, Check, gated
 from runtime_tests.conftest import MemoryCheckpoint
 from targets.base import Session
 
@@ -176,28 +175,24 @@ def test_no_sampler_of_ours_sees_what_is_masked(sampling: Sampling) -> None:
 
 
 class Half(Contract):
-    """Deliberately wrong: masks what the sampler sees [V], not the reference [T, V]."""
+    """Deliberately wrong: masks what the sampler sees, not what is scored, which asks with zeros."""
 
     def mask(self, logits: Any) -> Any:
-        return super().mask(logits) if logits.ndim == 1 else logits
+        return super().mask(logits) if logits.any() else logits
 
 
-@pytest.mark.parametrize(("kind", "agreed"), [(Contract, GREEDY), (Half, 0)])
-def test_the_greedy_reference_chooses_among_the_same_ids(
-    kind: type[Contract], agreed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("kind", "agreed"), [(Contract, True), (Half, False)])
+def test_the_reference_of_answers_chooses_among_the_same_ids(kind: type[Contract], agreed: bool) -> None:
     """transformers wants rows without a token as well."""
     bundle = Wishful(63, 20)
-    case = cast(Case, SimpleNamespace(prompts=[[2, 3], [4]], checkpoint=None, config=None))
-    monkeypatch.setattr(reference, "embed", lambda checkpoint, ids: np.zeros((len(ids), 8), np.float32))
-    monkeypatch.setattr(reference, "hf_sequence", lambda *given: (np.repeat(bundle.logits, len(given[2]), axis=0), {}))
-    series: dict[str, Any] = {}
-
-    def held(name: str, value: float) -> Check:
-        return gated(f"L3.{name}", value, f"L3.int4.{name}")
-
-    found = answers.greedy_tokens(case, cast(Session, bundle), kind.of(manifest(num_tokens=60)), held, series)
-    assert series["greedy_tokens"] == [agreed] * 2 and found.value == agreed
+    contract = kind.of(manifest(num_tokens=60))
+    answered = dialogues.answer(cast(Session, bundle), contract, chats.Chat("one", [2, 3]), 4)
+    assert answered.chosen == [20] * 4
+    case = cast(Case, SimpleNamespace(config=SimpleNamespace(text=SimpleNamespace(vocab_size=64))))
+    truth = np.array(answered.logits)
+    truth[:, 63] += 50  # ids without a token are the likeliest, by which no answer must be judged
+    (found,) = answers.score(case, contract, [answered], [truth], [answered.logits])
+    assert (found.kl_mean < 1e-9 and found.perplexity_reference < 1.01) == agreed
 
 
 @pytest.mark.parametrize("token", [64, 10**6, -1])

@@ -23,12 +23,13 @@ from export.__main__ import main
 from export.quantize.recipe import load_recipe
 from export.report import card, comparison, page
 from export.validate import drift, judge
+from export.validate.amounts import Amounts
 from export.validate.case import Case
 from export.validate.ladder import l3
 from export.validate.probe import make_probe
 from runtime_tests.conftest import MemoryCheckpoint, build, variant
 from targets import load_target
-from targets.base import Finding, Target
+from targets.base import Activations, Finding, Target
 
 pytestmark = pytest.mark.usefixtures("one_thread", "traced_once", "judged_once")
 
@@ -59,11 +60,12 @@ def built(model: MemoryCheckpoint, folder: Path) -> dict[str, Any]:
     """A bundle's files; the manifest holds what the ladder and the reports read of it."""
     _, manifest, _ = build(model, folder, RECIPE, "coreml", context=CONTEXT, lengths=LENGTHS, **CUT)
     target = load_target("coreml")
-    manifest["target"] |= {"runtime": target.runtime}
+    manifest["target"] |= {"runtime": target.runtime, "min_version": "iOS18"}
     manifest["tokenizer"]["files"] = []
     return manifest | {
         "name": "small-coreml",
-        "model": {"size": "0.8b", "variant": "instruct", "license": "unknown", "source": {"kind": "random", "id": "m"}},
+        "model": {"size": "0.8b", "variant": "instruct", "license": "unknown", "num_parameters": 1,
+                  "source": {"kind": "random", "id": "m"}},
         "quantization": RECIPE.as_manifest(),
         "files": [],
     }
@@ -81,19 +83,25 @@ def report(model: MemoryCheckpoint, bundle: tuple[Path, dict[str, Any]]) -> dict
     """What an export writes into parity.json, read back. One finding is made up: the bundle may have none."""
     folder, manifest = bundle
     target, config = load_target("coreml"), model.model_config
-    seen: list[bool] = []
+    seen: list[Any] = []
 
-    def lint(self: Target, *place: Any, activations: bool) -> list[Finding]:
-        seen.append(activations)
-        return [*(right(self, *place, activations=activations) or []), WARNING]
+    def lint(self: Target, *place: Any) -> list[Finding]:
+        return [*(right(self, *place) or []), WARNING]
 
-    right = type(target).lint
+    def observe(self: Target, *place: Any) -> Activations | None:
+        seen.append(place[2:])
+        return looked(self, *place)
+
+    right, looked = type(target).lint, type(target).observe
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(target), "lint", lint)
+        patch.setattr(type(target), "observe", observe)
         found = judge.judge(
-            model, config, RECIPE, target, folder, manifest, 1, silent, with_latency=False, drift_steps=STEPS
+            model, config, RECIPE, target, folder, manifest, 1, silent, with_latency=False, amounts=Amounts(64, STEPS)
         )
-    assert seen == [True]
+    ((prompts, pictures),) = seen
+    assert [len(prompt.images) for prompt in prompts] == [2, 0], "the probe, then what the bundle can say"
+    assert [picture.shape[1:] for picture in pictures] == [tuple(size) for size in manifest["image_sizes"]]
     return json.loads(json.dumps(found))
 
 
@@ -139,7 +147,7 @@ def test_a_large_model_is_not_compared_by_layout_and_says_so(
     monkeypatch.setattr(drift, "shallow", lambda config: config.truncated(1))
     config, target = model.model_config, load_target("coreml")
     found = judge.judge(
-        model, config, RECIPE, target, *bundle, 1, silent, rungs=("L3",), with_latency=False, drift_steps=8
+        model, config, RECIPE, target, *bundle, 1, silent, rungs=("L3",), with_latency=False, amounts=Amounts(64, 8)
     )
     rung = found["rungs"]["L3"]
     assert "lint" not in found, "only the whole ladder is"
@@ -168,19 +176,19 @@ def test_the_page_shows_drift_linter_stress_and_source(
     bundle: tuple[Path, dict[str, Any]], report: dict[str, Any]
 ) -> None:
     html = page.render(bundle[1], report)
-    (drawing,) = re.findall(r"<h2>KL over 100 decode steps: drift \(nats\)</h2>(<svg.*?</svg>)", html, re.DOTALL)
+    (drawing,) = re.findall(r"<h3>KL over 100 decode steps: drift \(nats\)</h3>.*?(<svg.*?</svg>)", html, re.DOTALL)
     for label in ("bundle", *(f"{name} states" for name in load_target("coreml").capabilities.state_layouts)):
-        assert f"<!-- {label} -->" in drawing
-    assert f"<td>{WARNING.rule}</td>" in html and WARNING.where in html
+        assert f">{label}</text>" in drawing
+    assert f">{WARNING.rule}</th>" in html and WARNING.where in html
     nothing = "Nothing found that devices are known to object to."
     assert nothing not in html and nothing in page.render(bundle[1], {**report, "lint": []})
     assert "Linter" not in page.render(bundle[1], {name: part for name, part in report.items() if name != "lint"})
-    assert "<td>L3.stress_kl</td>" in html and "no model of any device" in html
+    assert "<code>L3.stress_kl</code>" in html and "no model of any device" in html
     assert "over 95 decode steps" in html
     for rung in ("L1", "L3"):
-        heading = re.search(rf"<h2>{rung} .*?</h2>\s*<p.*?</p>", html, re.DOTALL)
+        heading = re.search(rf"<h3>{rung}: .*?</h3>\s*<p.*?</p>", html, re.DOTALL)
         assert heading and "emulated" in heading[0] and "never those of a device" in heading[0]
-    assert "emulated" not in (re.search(r"<h2>L2 .*?</p>", html, re.DOTALL) or [""])[0]
+    assert "emulated" not in (re.search(r"<h3>L2: .*?</p>", html, re.DOTALL) or [""])[0]
 
 
 @EMULATED
@@ -216,7 +224,7 @@ def test_what_ran_on_a_host_says_so_and_old_reports_claim_nothing(
     word = measured or "unknown"
     for text in (page.render(bundle[1], given), card.render(bundle[1], given, ""), commands.parity_table(given)):
         assert word in text and "emulated" not in text.replace("an emulation", "")
-    assert f">{word}</span></h2>" in page.render(bundle[1], given)
+    assert f">{word}</span></h3>" in page.render(bundle[1], given)
 
 
 def test_a_conversation_goes_on_bit_for_bit(bundle: tuple[Path, dict[str, Any]], model: MemoryCheckpoint) -> None:

@@ -16,7 +16,8 @@ from targets.to_onnx.session import OnnxSession
 # The bundle's session is at fault in this file: the other side of each comparison is the same for all tests.
 pytestmark = pytest.mark.usefixtures("judged_once", "compared_once")
 
-QUALITY = ("kl_mean", "sqnr_db", "top1", "top5", "greedy_tokens", "drift", "chunking", "task_drop")
+ANSWERS = ("own_kl", "own_top1", "own_perplexity", "given_kl", "given_top1", "given_perplexity")
+QUALITY = ("kl_mean", "sqnr_db", "top1", "top5", "drift", "chunking", "task_drop", *ANSWERS)
 Checks = dict[str, dict[str, Any]]
 
 

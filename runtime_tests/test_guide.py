@@ -26,7 +26,6 @@ from export.arguments import PARSERS, pop_command, spec_from
 from export.checkpoint.adapter_config import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from export.checkpoint.shards import SINGLE
 from export.sizes import shipped_tiny
-from export.validate.judge import PASSAGE
 from runtime_tests.forms import REFUSED, Form, copy_tiny, edit_json, edit_weights, renamed
 
 GUIDE = Path(__file__).parents[1] / "docs" / "your-fine-tune-on-a-phone.md"
@@ -76,11 +75,7 @@ def rendered(tokenizer: Any) -> str:
 
 
 class Training:
-    """The `train` of the snippets: teaches the next of ANSWERS to the page's question.
-
-    An adapter learns the ladder's passage too, because a whole ladder is climbed with it: the tiny checkpoint has seen
-    no English, so that the loss by quantisation would be that of guesses.
-    """
+    """The `train` of the snippets: teaches the next of ANSWERS to the page's question."""
 
     def __init__(self) -> None:
         self.answers = iter(ANSWERS)
@@ -88,16 +83,14 @@ class Training:
 
     def __call__(self, model: Any) -> None:
         adapter = isinstance(model, PeftModel)
-        asked, passage = self._ids(rendered(self.tokenizer)), self._ids(PASSAGE)
+        asked = self._ids(rendered(self.tokenizer))
         tokens = torch.cat([asked, self._ids(next(self.answers) + "<|im_end|>")], dim=1)
         labels = tokens.clone()
         labels[:, : asked.shape[1]] = -100  # transformers' mark for tokens without loss
-        examples = [(tokens, labels), *([(passage, passage)] if adapter else [])]
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(parameters, lr=1e-2 if adapter else 3e-3)
         for _ in range(STEPS):
-            for ids, wanted in examples:
-                model(input_ids=ids, labels=wanted).loss.backward()
+            model(input_ids=tokens, labels=labels).loss.backward()
             optimiser.step()
             optimiser.zero_grad()
 
@@ -199,7 +192,7 @@ def test_the_page_tells_what_the_commands_print(page: Page) -> None:
     """Sizes of --dry-run, the ladder of `validate`, the answer of `run`, two bundles side by side."""
     assert "would build qwen3.5-tiny-onnx-int4" in page.result("--dry-run").out
     ladder = page.result("validate my-adapter-bundle").out
-    for check in ("L0.whole_model", "L1.logits", "L2.mismatches", "L3.kl_mean"):
+    for check in ("L0.whole_model", "L1.logits", "L2.mismatches", "L3.own_kl"):
         assert re.search(rf"^{re.escape(check)} .*PASS", ladder, re.MULTILINE), ladder
     assert "LoRA of rank 8 and alpha 16" in page.result("-o my-adapter-bundle").err
     assert "note: an answer stops at <|im_end|>" in page.result("-o my-bundle").err

@@ -26,6 +26,7 @@ from export.checkpoint.names import EMBEDDING, HEAD
 from export.checkpoint.shards import INDEX
 from export.spec import ExportSpec
 from export.validate import judge
+from export.validate.amounts import Amounts
 from runtime_tests import published
 from runtime_tests.test_scale import watched
 from targets import TARGETS
@@ -144,8 +145,7 @@ def test_the_published_form_is_exported_checked_and_runs(
     """L0 has no part of a target in it and is climbed once. At this vocabulary the other rungs take longer than all
     else here: L1 everywhere, and L3 on the others, are in the slow tests. Probes are short for the same reason.
     """
-    monkeypatch.setitem(judge.PROBE_TEXT, "custom", 24)
-    monkeypatch.setitem(judge.DRIFT_STEPS, "float32", 16)
+    monkeypatch.setattr(judge, "amounts_for", lambda weights: Amounts(probe=24, drift=16, chats=3, positions=12))
     bundle = place / "bundle"
     words = ["--target", target, "--checkpoint", str(folder), *SHAPES, "--skip-validation", "-o", str(bundle)]
     assert main(words) == 0

@@ -82,15 +82,17 @@ def test_scales_survive_float16_and_bfloat16_exactly(setting: Setting, std: floa
     scales = quantize_block(weight(64, 256, std=std), setting).scales
     for dtype in (torch.float16, torch.bfloat16):
         assert torch.equal(scales.to(dtype).to(torch.float32), scales)
-    assert float(scales.min()) >= SMALLEST  # float16's normal range: some hardware flushes what lies below
+    assert float(scales.min()) >= SMALLEST
     assert float(scales.max()) <= LARGEST
 
 
 def test_the_range_of_scales_is_float16s() -> None:
-    wide = torch.tensor([0.0, 1e-30, 2.0**-15, SMALLEST, 65279.0, 65500.0, 1e30])
-    rounded = round_scales(wide)
-    assert rounded.tolist() == [SMALLEST] * 4 + [LARGEST] * 3
-    assert torch.finfo(torch.float16).tiny == SMALLEST
+    small = [SMALLEST * n for n in (1, 2.6, 129, 258.9)]
+    wide = torch.tensor([0.0, 1e-30, *small, 65279.0, 65500.0, 1e30])
+    assert round_scales(wide).tolist() == [*(SMALLEST * n for n in (1, 1, 1, 3, 129, 258)), *[LARGEST] * 3]
+    assert torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps == SMALLEST
+    normal = torch.finfo(torch.float16).tiny
+    assert round_scales(wide, normal).tolist() == [*[normal] * 6, *[LARGEST] * 3]
     assert torch.tensor(LARGEST).to(torch.float16).isfinite()
 
 
@@ -413,7 +415,7 @@ def test_streamed_blocks_are_the_reference(
 ) -> None:
     # A small block makes every parameter of the small model span several.
     monkeypatch.setattr("export.checkpoint.weights.BLOCK_ELEMENTS", 3000)
-    quantizer = Quantizer(weights, load_recipe(recipe))
+    quantizer, measured = (Quantizer(weights, load_recipe(recipe)) for _ in range(2))
     checked = quantised_names(quantizer)
     assert len(checked) > 20
     for name in checked:
@@ -426,9 +428,11 @@ def test_streamed_blocks_are_the_reference(
         assert torch.equal(restored, quantizer.reference_rows(name, 0, rows))
         assert torch.equal(restored[5:9], quantizer.reference_rows(name, 5, 9))
         error = float((restored - weights.tensor(name)).norm() / weights.tensor(name).norm())
-        assert quantizer.relative_errors()[name] == pytest.approx(error, rel=1e-4)
+        for start in range(0, rows, 50):
+            measured.reference_rows(name, start, min(start + 50, rows))
+        assert measured.relative_errors()[name] == pytest.approx(error, rel=1e-4)
         assert 0.001 < error < (0.02 if recipe == "int8" or "vision" in name else 0.15)
-    assert set(quantizer.relative_errors()) == set(checked)
+    assert set(measured.relative_errors()) == set(checked)
 
 
 def test_what_is_not_quantised_stays_float32(weights: Weights) -> None:

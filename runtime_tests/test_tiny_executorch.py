@@ -82,7 +82,7 @@ def test_int4_passes_every_gate(tmp_path: Path) -> None:
     checks = {c["name"]: c for rung in report["rungs"].values() for c in rung["checks"]}
     assert report["passed"]
     assert checks["L3.task_drop"]["value"] <= 3
-    assert {"L3.kl_mean", "L3.sqnr_db", "L3.top1", "L3.drift", "L3.chunking", "L3.greedy_tokens"} <= set(checks)
+    assert {"L3.kl_mean", "L3.sqnr_db", "L3.top1", "L3.drift", "L3.chunking", "L3.own_kl"} <= set(checks)
     bundle = Bundle.open(tmp_path / "bundle")
     assert bundle.manifest["status"] == "validated"
     assert "executorch" in (bundle.path / "README.md").read_text()

@@ -134,6 +134,11 @@ class BundleWriter:
         """Write a JSON file in the form of `dump`."""
         self.add(path, role).write_text(dump(value), encoding="utf-8")
 
+    def files(self) -> list[dict[str, Any]]:
+        """Path, role and size of what was announced and written so far."""
+        found = [(path, role, self.path / path) for path, role in sorted(self._roles.items())]
+        return [{"path": p, "role": r, "bytes": file.stat().st_size} for p, r, file in found if file.is_file()]
+
     def discard(self) -> None:
         """Remove what was written so far."""
         shutil.rmtree(self.path, ignore_errors=True)

@@ -17,6 +17,8 @@ from export.model.config import FULL, ModelConfig, TextConfig, VisionConfig
 
 TEXT = "model.language_model"
 VISION = "model.visual"
+HEAD_BASIS = "decoder.basis.weight"
+"""The one parameter that is computed: only `export.quantize.conditioned` makes models that have it."""
 
 BLOCK_ELEMENTS = 4 * 2**20
 """Elements read at a time: 16 MiB in float32, far below what a runtime needs to start."""
@@ -87,6 +89,9 @@ def _text(config: TextConfig) -> list[Parameter]:
         _whole("decoder.norm.weight", f"{TEXT}.norm.weight", hidden, transform="plus_one"),
         _whole("decoder.head.weight", head, vocab, hidden, role="lm_head"),
     ]
+    if config.head_basis:
+        source = Segment(f"{TEXT}.norm.weight", 0, hidden)
+        entries.append(Parameter(HEAD_BASIS, (hidden, hidden), (source,), transform="head_basis"))
     for index, kind in enumerate(config.layer_types):
         ours, theirs = f"decoder.layers.{index}", f"{TEXT}.layers.{index}"
         entries += _attention(config, ours, theirs) if kind == FULL else _delta(config, ours, theirs)
@@ -221,6 +226,10 @@ class Weights:
             first += count
         joined = parts[0] if len(parts) == 1 else torch.cat(parts)
         return TRANSFORMS[parameter.transform](joined)
+
+    def to_stream(self, rows: Tensor) -> Tensor:
+        """Published rows [T, D] of the text's residual stream (embeddings, pictures') as this model's own has them."""
+        return rows
 
     def tensor(self, name: str) -> Tensor:
         """A whole parameter as float32."""

@@ -137,9 +137,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: TextConfig, kind: str) -> None:
         super().__init__()
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_norm = RMSNorm(config.hidden_size, config.stream_eps)
         self.mixer = GatedAttention(config) if kind == FULL else GatedDeltaNet(config)
-        self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_norm = RMSNorm(config.hidden_size, config.stream_eps)
         self.mlp = MLP(config)
 
     def forward(
@@ -155,8 +155,8 @@ class Decoder(nn.Module):
     """All layers, or a range of them for a runtime that wants its decoder in several stages.
 
     The first range turns positions into rotary tables itself, as does every later one: they are cheap and
-    stages then need nothing but hidden states from each other. The last range holds the final norm and
-    the head.
+    stages then need nothing but hidden states from each other. The last range holds the final norm, a matrix
+    before a tied head of a rotated stream (see `export.quantize.conditioned`), and the head.
     """
 
     def __init__(self, config: TextConfig, layers: range | None = None, head: bool = True) -> None:
@@ -164,7 +164,8 @@ class Decoder(nn.Module):
         self.config = config
         self.indices = layers if layers is not None else range(config.num_hidden_layers)
         self.layers = nn.ModuleDict({str(i): Layer(config, config.layer_types[i]) for i in self.indices})
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if head else None
+        self.norm = RMSNorm(config.hidden_size, config.stream_eps) if head else None
+        self.basis = Linear(config.hidden_size, config.hidden_size) if head and config.head_basis else None
         self.head = Linear(config.hidden_size, config.vocab_size) if head else None
 
     def forward(
@@ -193,6 +194,8 @@ class Decoder(nn.Module):
         context = (cos, sin, start, valid)
         if valid is not None and self.indices.start == 0:
             x = ops.real_rows(x, valid)
+        if config.stream_scale != 1.0 and self.indices.start == 0:
+            x = x * config.stream_scale
         new: list[Tensor] = []
         for place, layer in enumerate(self.layers.values()):
             x, pair = layer(x, context, states[2 * place], states[2 * place + 1])
@@ -201,7 +204,11 @@ class Decoder(nn.Module):
             return x, new
         if valid is not None and not all_rows:
             x = ops.last_valid(x, valid)
-        return self.head(self.norm(x)), new
+        return self.head(self.scored(self.norm(x))), new
+
+    def scored(self, x: Tensor) -> Tensor:
+        """Normed rows [..., D] as the head wants them."""
+        return x if self.basis is None else self.basis(x)
 
 
 class Embedding(nn.Module):

@@ -12,19 +12,24 @@ from export.quantize.recipe import Recipe, Setting, layer_of
 from export.quantize.tensor import QuantizedBlock
 from export.spec import ExportError
 
-Method = Callable[[Tensor, Setting], QuantizedBlock]
+Method = Callable[[Tensor, Setting, float], QuantizedBlock]
 
 METHODS: dict[str, Method] = {"rtn": rtn.quantize_block}
-"""Name in a recipe -> function of float32 rows. A calibrated method joins here."""
+"""Name in a recipe -> function of float32 rows, with no scale below a number. A calibrated method joins here."""
 
 
 class Quantizer:
-    """One recipe applied to one checkpoint. Nothing is cached but error sums."""
+    """One recipe applied to one checkpoint. Nothing is cached but error sums.
 
-    def __init__(self, weights: Weights, recipe: Recipe) -> None:
+    Args:
+        smallest_scale: that of the target, in `Capabilities`.
+    """
+
+    def __init__(self, weights: Weights, recipe: Recipe, smallest_scale: float = rtn.SMALLEST) -> None:
         text = weights.config.text
         self.weights = weights
         self.recipe = recipe.for_model(text.tie_word_embeddings, text.num_hidden_layers)
+        self._smallest = smallest_scale
         self._errors: dict[str, tuple[float, float]] = {}
 
     def setting(self, name: str) -> Setting | None:
@@ -38,25 +43,32 @@ class Quantizer:
     def blocks(self, name: str, first: int = 0, stop: int | None = None) -> Iterator[tuple[int, QuantizedBlock]]:
         """(first row, quantised rows) of a parameter, or of its rows first…stop-1, about 4 M weights at a time."""
         setting = self._required(name)
-        signal = noise = 0.0
         for start, rows in self.weights.blocks(name, first, stop):
-            block = _quantised(name, rows, setting)
-            error = block.dequantize().sub_(rows)
-            signal += float(rows.square().sum())
-            noise += float(error.square().sum())
-            yield start, block
-        self._errors[name] = (signal, noise)
+            yield start, self._quantised(name, rows, setting)
 
-    def reference_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a parameter as every bundle of this recipe must hold them: float32, dequantised."""
+    def reference_rows(self, name: str, start: int, stop: int, floats: str = "float32") -> Tensor:
+        """Rows of a parameter as every bundle of this recipe must hold them, in float32.
+
+        Args:
+            floats: dtype in which the target stores what is not quantised.
+        """
         rows = self.weights.rows(name, start, stop)
         setting = self.setting(name)
-        if setting is None:
+        if setting is not None:
+            stored = self._quantised(name, rows, setting).dequantize()
+        elif floats == "float16":
+            stored = rows.half().float()
+        else:
             return rows
-        return _quantised(name, rows, setting).dequantize()
+        signal, noise = self._errors.get(name, (0.0, 0.0))
+        error = float((stored - rows).square().sum())
+        self._errors[name] = (signal + float(rows.square().sum()), noise + error)
+        return stored
 
     def relative_errors(self) -> dict[str, float]:
-        """Root mean square error of each streamed parameter, relative to its own."""
+        """Root mean square error of each parameter that `reference_rows` rounded, over all rows it gave, relative to
+        that of the checkpoint: 1 where nothing of it is left.
+        """
         return {name: (noise / signal) ** 0.5 if signal else 0.0 for name, (signal, noise) in self._errors.items()}
 
     def _required(self, name: str) -> Setting:
@@ -65,9 +77,8 @@ class Quantizer:
             raise ValueError(f"{name} is not quantised by recipe {self.recipe.name}")
         return setting
 
-
-def _quantised(name: str, rows: Tensor, setting: Setting) -> QuantizedBlock:
-    try:
-        return METHODS[setting.method](rows, setting)
-    except ExportError as error:
-        raise type(error)(f"{name}: {error}") from error
+    def _quantised(self, name: str, rows: Tensor, setting: Setting) -> QuantizedBlock:
+        try:
+            return METHODS[setting.method](rows, setting, self._smallest)
+        except ExportError as error:
+            raise type(error)(f"{name}: {error}") from error

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from export.quantize.conditioning import UNCONDITIONED, Conditioning
 from export.spec import UsageError
 
 ROLES = ("decoder", "linear_attention", "lm_head", "embedding", "vision")
@@ -105,12 +106,13 @@ class LayerRoles:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named setting for every role, and other settings for some layers."""
+    """A named setting for every role, other settings for some layers, and what is done to the weights before."""
 
     name: str
     roles: Mapping[str, Setting]
     """All of `ROLES`, and those of `PARTS` that have a setting of their own."""
     layers: tuple[LayerRoles, ...] = ()
+    conditioning: Conditioning = UNCONDITIONED
 
     @classmethod
     def unquantised(cls) -> Recipe:
@@ -127,7 +129,8 @@ class Recipe:
             LayerRoles(_range_name(t["first"], t["last"]), t["first"], t["last"], settings(t["roles"]))
             for t in quantization.get("layers", ())
         )
-        return cls(quantization["recipe"], settings(quantization["roles"]), tuple(layers))
+        conditioning = Conditioning.parse(quantization["recipe"], quantization.get("conditioning", {}))
+        return cls(quantization["recipe"], settings(quantization["roles"]), tuple(layers), conditioning)
 
     def as_manifest(self) -> dict[str, Any]:
         """`quantization` of the manifest; of a recipe for a model."""
@@ -141,6 +144,8 @@ class Recipe:
                 {"first": table.first, "last": table.last, "roles": entries(table.roles)}
                 for table in sorted(self.layers, key=lambda table: table.first)
             ]
+        if self.conditioning.changes:
+            manifest["conditioning"] = self.conditioning.as_manifest()
         return manifest
 
     def for_model(self, tied: bool, num_layers: int) -> Recipe:
@@ -280,7 +285,7 @@ def _parse(recipe: str, table: Mapping[str, Any]) -> Recipe:
     for role in ROLES:
         if role not in table:
             raise UsageError(f"recipe {recipe}: no setting for role {role!r}; every role needs one")
-    unknown = sorted(set(table) - {*ROLES, *PARTS, "layers"})
+    unknown = sorted(set(table) - {*ROLES, *PARTS, "layers", "conditioning"})
     if unknown:
         raise UsageError(
             f"recipe {recipe}: unknown role {unknown[0]!r}; the roles are {', '.join(ROLES)}, and as parts of them "
@@ -292,7 +297,8 @@ def _parse(recipe: str, table: Mapping[str, Any]) -> Recipe:
         raise UsageError(
             f"recipe {recipe}: layers is {layers!r}; write a table [{recipe}.layers.first-4] with a line for each role"
         )
-    return Recipe(recipe, roles, tuple(_layers(recipe, name, entry) for name, entry in layers.items()))
+    conditioning = Conditioning.parse(recipe, table.get("conditioning", {}))
+    return Recipe(recipe, roles, tuple(_layers(recipe, name, entry) for name, entry in layers.items()), conditioning)
 
 
 def _layers(recipe: str, name: str, table: Any) -> LayerRoles:

@@ -21,8 +21,9 @@ PIECE = 512 * 1024
 """Elements worked on at a time: small enough for the last-level cache with the scratch buffers (6 MiB), large
 enough to hide the cost of calling an operator (smaller pieces ran at half the speed). No result depends on it."""
 
-SMALLEST, LARGEST = 2.0**-14, 65280.0
-"""Scales stay inside float16's normal range, on values that bfloat16 holds too."""
+SMALLEST, LARGEST = 2.0**-24, 65280.0
+"""Scales stay inside float16's range, on values that bfloat16 holds too: 8 significant bits, and fewer among the
+subnormal numbers, multiples of 2^-24. Targets whose hardware may take those for zero have a larger smallest scale."""
 
 LARGEST_WEIGHT = 7 * LARGEST
 """Beyond it no 4-bit scale reaches the weight, and saturating it would go unnoticed."""
@@ -38,13 +39,13 @@ SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Candidates for the kept share of an asymmetric range."""
 
 
-def round_scales(scales: Tensor) -> Tensor:
+def round_scales(scales: Tensor, smallest: float = SMALLEST) -> Tensor:
     """To the nearest value with 8 significant bits, which float32, float16 and bfloat16 hold exactly."""
-    return scales.clamp(SMALLEST, LARGEST).to(torch.bfloat16).to(torch.float32)
+    return scales.clamp(smallest, LARGEST).to(torch.bfloat16).to(torch.float16).to(torch.float32)
 
 
-def quantize_block(weight: Tensor, setting: Setting) -> QuantizedBlock:
-    """Quantise float32 rows [r, K] as `setting` says.
+def quantize_block(weight: Tensor, setting: Setting, smallest: float = SMALLEST) -> QuantizedBlock:
+    """Quantise float32 rows [r, K] as `setting` says, with no scale below `smallest`.
 
     Raises:
         ValueError: the group size does not divide K (recipes are checked long before).
@@ -74,13 +75,15 @@ def quantize_block(weight: Tensor, setting: Setting) -> QuantizedBlock:
         piece = weight[start:stop].reshape(-1, group)
         target = codes[start:stop].view(-1, group)
         if zeros is None:
-            _symmetric(piece, setting.bits, tried, target, scales[start:stop].view(-1))
+            _symmetric(piece, setting.bits, tried, smallest, target, scales[start:stop].view(-1))
         else:
-            _asymmetric(piece, tried, target, scales[start:stop].view(-1), zeros[start:stop].view(-1))
+            _asymmetric(piece, tried, smallest, target, scales[start:stop].view(-1), zeros[start:stop].view(-1))
     return QuantizedBlock(codes, scales, zeros)
 
 
-def _symmetric(weight: Tensor, bits: int, tried: Sequence[float], codes: Tensor, scales: Tensor) -> None:
+def _symmetric(
+    weight: Tensor, bits: int, tried: Sequence[float], smallest: float, codes: Tensor, scales: Tensor
+) -> None:
     """weight [n, g] -> codes int8 [n, g] and scales [n], written in place; `tried`: candidates for absmax / scale."""
     high = (1 << (bits - 1)) - 1
     low = -high - 1 if bits == 4 else -high
@@ -88,7 +91,7 @@ def _symmetric(weight: Tensor, bits: int, tried: Sequence[float], codes: Tensor,
     scaled, rounded = torch.empty_like(weight), torch.empty_like(weight)
     best = torch.full_like(largest, float("inf"))
     for steps in tried:
-        scale = round_scales(largest / steps)
+        scale = round_scales(largest / steps, smallest)
         torch.mul(weight, (1.0 / scale).unsqueeze(1), out=scaled)
         torch.round(scaled, out=rounded).clamp_(low, high)
         error = torch.linalg.vector_norm(scaled.sub_(rounded), dim=1).mul_(scale)
@@ -99,13 +102,15 @@ def _symmetric(weight: Tensor, bits: int, tried: Sequence[float], codes: Tensor,
     codes.copy_(scaled.round_().clamp_(low, high))
 
 
-def _asymmetric(weight: Tensor, tried: Sequence[float], codes: Tensor, scales: Tensor, zeros: Tensor) -> None:
+def _asymmetric(
+    weight: Tensor, tried: Sequence[float], smallest: float, codes: Tensor, scales: Tensor, zeros: Tensor
+) -> None:
     """4 bits with zero points; zero itself stays exact, since 0 lies inside every kept range. `tried`: shares of it."""
     low, high = weight.amin(1).clamp_(max=0), weight.amax(1).clamp_(min=0)
     scaled, rounded = torch.empty_like(weight), torch.empty_like(weight)
     best = torch.full_like(low, float("inf"))
     for keep in tried:
-        scale = round_scales((high - low) * (keep / 15))
+        scale = round_scales((high - low) * (keep / 15), smallest)
         zero = (-low * keep / scale).round_().clamp_(0, 15)
         torch.mul(weight, (1.0 / scale).unsqueeze(1), out=scaled).add_(zero.unsqueeze(1))
         torch.round(scaled, out=rounded).clamp_(0, 15)

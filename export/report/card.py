@@ -6,6 +6,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from export.report.facts import speed
+from export.report.verdict import in_order, verdict
+
 TEMPLATE = """---
 license: {{ m.model.license }}
 {% if ":" not in m.model.source.id %}base_model: {{ m.model.source.id }}
@@ -18,6 +21,8 @@ Qwen3.5 {{ m.model.size }} ({{ m.model.variant }}) for {{ m.target.runtime }} >=
 recipe `{{ m.quantization.recipe }}`, context {{ m.context_length }}, prefill {{ m.prefill_lengths | join(", ") }}\
 {% if m.image_sizes %}, images {% for s in m.image_sizes %}{{ s[0] }}×{{ s[1] }}{{ ", " if not loop.last }}\
 {% endfor %}{% endif %}.
+
+**{{ verdict.word }}:** {{ verdict.sentence }}
 
 Read `manifest.json` to find out what is inside; it is the contract of this folder.
 
@@ -41,7 +46,7 @@ Read `manifest.json` to find out what is inside; it is the contract of this fold
 | rung | check | value | gate | status | source |
 |---|---|---|---|---|---|
 {% for name, rung in report.rungs.items() -%}
-{% for c in rung.checks -%}{% set from = source(report, c.name) or "–" -%}
+{% for c in in_order(rung.checks) | sum(start=[]) -%}{% set from = source(report, c.name) or "–" -%}
 | {{ name }} | {{ c.name }} | {{ number(c.value) }} | {{ gate(c) }} | {{ c.status }} | {{ from }} |
 {% endfor -%}
 {% endfor %}
@@ -54,14 +59,11 @@ Emulated numbers come from a program that imitates {{ m.target.runtime }} on the
 - {{ note }}
 {% endfor -%}
 {% endfor -%}
-{% if report.latency is defined %}
-{{ "Measured" if report.latency.bundle.decode.source == "host" else "Emulated" }} on the host that built it, \
-{{ report.latency.bundle.decode.threads }} threads: prefill \
-{{ number(report.latency.bundle.prefill.tokens_per_s_median) }} and decode \
-{{ number(report.latency.bundle.decode.tokens_per_s_median) }} tokens/s (median). A phone differs.
+{% if speed %}
+Measured on the host that built it, {{ speed.bundle.decode.threads }} threads: prefill \
+{{ number(speed.bundle.prefill.tokens_per_s_median) }} and decode \
+{{ number(speed.bundle.decode.tokens_per_s_median) }} tokens/s (median). A phone differs.
 {% endif -%}
-{%- else -%}
-**Not validated** (`--skip-validation`): nothing is known about its answers.
 {%- endif %}
 """
 
@@ -88,5 +90,14 @@ def source(report: dict[str, Any], name: str) -> str:
 def render(manifest: dict[str, Any], report: dict[str, Any] | None, loading: str) -> str:
     """Markdown of the card; deterministic but for measured numbers. `loading` is the target's."""
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
-    values = {"m": manifest, "report": report, "loading": loading}
-    return environment.from_string(TEMPLATE).render(number=number, gate=gate, source=source, **values)
+    return environment.from_string(TEMPLATE).render(
+        m=manifest,
+        report=report,
+        loading=loading,
+        verdict=verdict(manifest, report),
+        speed=speed(report),
+        in_order=in_order,
+        number=number,
+        gate=gate,
+        source=source,
+    )

@@ -6,13 +6,19 @@ a bundle has none: another target, other rungs, a checkpoint without a task.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export.report import page
+from export.report import plots, style
+from export.report import verdict as judgement
 from export.report.card import gate, number, source
+from export.report.facts import megabytes
+from export.report.plots import Plot, amount
+from export.report.verdict import FAIL, OPEN, PASS, Verdict, value
+from export.report.words import RUNGS, words
 
 NONE = "–"
 
@@ -36,6 +42,11 @@ class Column:
         """Speed, load time and memory, if they were measured."""
         found: dict[str, Any] | None = self.report.get("latency", {}).get("bundle")
         return found
+
+    @property
+    def timed(self) -> bool:
+        """Whether the times are those of the runtime, and not of an emulation."""
+        return self.latency is not None and self.latency["decode"]["source"] == "host"
 
     def check(self, rung: str, name: str) -> dict[str, Any] | None:
         checks = self.report["rungs"].get(rung, {"checks": []})["checks"]
@@ -61,6 +72,7 @@ class Row:
 
     label: str
     cells: tuple[Cell, ...]
+    meaning: str = ""
 
 
 def standing(column: Column) -> dict[str, Any]:
@@ -93,7 +105,7 @@ def checks(columns: Sequence[Column]) -> dict[str, list[Row]]:
         names = dict.fromkeys(
             check["name"] for c in columns for check in c.report["rungs"].get(rung, {"checks": []})["checks"]
         )
-        rows = [Row(name, tuple(_check(c.check(rung, name)) for c in columns)) for name in names]
+        rows = [Row(name, tuple(_check(c.check(rung, name)) for c in columns), words(name).measures) for name in names]
         if any(source(c.report, rung) for c in columns):
             rows.insert(0, Row(f"{rung} source", tuple(Cell(_origin(c, rung)) for c in columns)))
         found[rung] = rows
@@ -101,20 +113,25 @@ def checks(columns: Sequence[Column]) -> dict[str, list[Row]]:
 
 
 def speeds(columns: Sequence[Column]) -> list[Row]:
-    """What was measured on this host; empty if nothing was."""
+    """What was measured on this host; empty if nothing was. An emulation has work and memory, and no speed: its time
+    says nothing of a device.
+    """
     if all(c.latency is None for c in columns):
         return []
 
     def measured(show: Callable[[dict[str, Any]], str]) -> Callable[[Column], str]:
         return lambda column: NONE if column.latency is None else show(column.latency)
 
+    def timed(show: Callable[[dict[str, Any]], str]) -> Callable[[Column], str]:
+        return lambda column: show(column.latency) if column.latency is not None and column.timed else NONE
+
     return [
         _row("speed source", columns, measured(lambda e: str(e["decode"]["source"]))),
-        _row("prefill, tokens/s", columns, measured(lambda e: page.speed(e["prefill"]["tokens_per_s_median"]))),
-        _row("decode, tokens/s", columns, measured(lambda e: page.speed(e["decode"]["tokens_per_s_median"]))),
+        _row("prefill, tokens/s", columns, timed(lambda e: amount(e["prefill"]["tokens_per_s_median"]))),
+        _row("decode, tokens/s", columns, timed(lambda e: amount(e["decode"]["tokens_per_s_median"]))),
         _row("bytes a token reads", columns, measured(lambda e: f"{e['decode_bytes']:,}")),
-        _row("peak memory, MiB", columns, measured(lambda e: f"{e['peak_memory_bytes'] / 2**20:,.1f}")),
-        _row("load time, s", columns, measured(lambda e: f"{e['load_s']:.3f}")),
+        _row("peak memory, MiB", columns, timed(lambda e: f"{e['peak_memory_bytes'] / 2**20:,.1f}")),
+        _row("load time, s", columns, timed(lambda e: f"{e['load_s']:.3f}")),
     ]
 
 
@@ -169,96 +186,118 @@ def as_json(columns: Sequence[Column]) -> dict[str, Any]:
     }
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{{ style | safe }}
- th:first-child, td:first-child { width: 30% } th.n { overflow-wrap: anywhere }
-</style></head><body>
-<h1>{{ title }}</h1>
+PAGE = """<header><h1>{{ title }}</h1>
+<p class="verdict {{ verdict.status }}"><strong>{{ verdict.word }}:</strong> <span>{{ verdict.sentence }}</span></p>
 <p class="sub">{{ columns | length }} bundle{{ "s" if columns | length > 1 }} of one checkpoint:
- Qwen3.5 {{ m.model.size }} ({{ m.model.variant }}) from {{ m.model.source.id }}.</p>
-{% for heading, meaning, rows in sections %}
-<h2>{{ heading }}</h2>
+ Qwen3.5 {{ m.model.size }} ({{ m.model.variant }}) from {{ m.model.source.id }}.</p></header>
+<main>
+{% for heading, meaning, groups in sections %}
+<section><h2>{{ heading }}</h2>
 <p class="sub">{{ meaning }}</p>
-<table><tr><th></th>{% for c in columns %}<th class="n">{{ c.name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr><td>{{ row.label }}</td>{% for cell in row.cells %}
+{% for caption, rows in groups %}{% if rows %}<div class="wide" tabindex="0"><table class="compared">
+{%- if caption %}<caption>{{ caption }}</caption>{% endif %}
+<thead><tr><th scope="col">{{ "Check" if caption else "" }}</th>{% for c in columns %}
+<th scope="col" class="n">{{ c.name }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in rows %}<tr><th scope="row">{{ row.label }}
+{%- if row.meaning %}<div class="reason">{{ row.meaning }}</div>{% endif %}</th>{% for cell in row.cells %}
 <td class="n"><span class="{{ cell.status }}">{{ cell.text }}</span>
-{%- if cell.gate %} <span class="reason">{{ cell.gate }}</span>{% endif %}</td>{% endfor %}</tr>
-{% endfor %}</table>
+{%- if cell.gate %}<div class="reason">{{ cell.gate }}</div>{% endif %}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endif %}{% endfor %}</section>
 {% endfor %}
-{% for heading, drawing in plots %}<figure><h2>{{ heading }}</h2>{{ drawing | safe }}</figure>
-{% endfor %}
-</body></html>
+<section><h2>Side by side</h2>{% for drawing in plots %}{{ plot(drawing, 3) }}{% endfor %}</section>
+</main>
 """
 
 
 def render(columns: Sequence[Column]) -> str:
     """The page; deterministic but for measured numbers."""
-    return page.template(PAGE).render(
-        style=page.STYLE,
-        title=" · ".join(c.name for c in columns),
+    return style.template(PAGE).render(
+        title=columns[0].name if len(columns) == 1 else f"{len(columns)} bundles side by side",
+        verdict=verdict(columns),
         columns=columns,
         m=columns[0].manifest,
         sections=list(_sections(columns)),
-        plots=plots(columns),
+        plots=list(plotted(columns)),
     )
 
 
-def _sections(columns: Sequence[Column]) -> Iterator[tuple[str, str, list[Row]]]:
-    yield "Bundles", "A check that failed is red; gates stand beside the values, those of L3 follow the recipe.", facts(
-        columns
-    )
-    for rung, rows in checks(columns).items():
-        yield rung, page.MEANING[rung], rows
-    measured = next((c.latency for c in columns if c.latency is not None), None)
+def verdict(columns: Sequence[Column]) -> Verdict:
+    """On all bundles in one sentence: which passed, which is smallest and which closest to the original."""
+    if len(columns) == 1:
+        return judgement.verdict(columns[0].manifest, columns[0].report)
+    bad = [c for c in columns if not c.report["passed"]]
+    if bad:
+        names = ", ".join(c.name for c in bad)
+        said = f"{len(bad)} of {len(columns)} bundles failed a gate: {names}."
+    else:
+        said = f"all {len(columns)} bundles passed every gate they were held to."
+    climbed = [rung for rung in RUNGS if all(rung in c.report["rungs"] for c in columns)]
+    whole = len(climbed) == len(RUNGS)
+    if not whole:
+        said += f" Only {', '.join(climbed) or 'parts'} of the ladder was checked for all."
+    small = min(columns, key=lambda c: c.size_bytes)
+    said += f" The smallest is {small.name} ({megabytes(small.size_bytes)} on disk)"
+    known = {c.name: kl for c in columns if (kl := value(c.report, "L3", "L3.kl_mean")) is not None}
+    if known:
+        near = min(known, key=known.__getitem__)
+        said += f", the closest to the original {near} (KL {known[near]:.2g} nats)"
+    if bad:
+        return Verdict(FAIL, "Rejected", f"{said}.")
+    return Verdict(PASS, "Passed", f"{said}.") if whole else Verdict(OPEN, "Not judged as a whole", f"{said}.")
+
+
+def _sections(columns: Sequence[Column]) -> Iterator[tuple[str, str, list[tuple[str, list[Row]]]]]:
+    """(heading, meaning, tables by caption)."""
+    meaning = "A check that failed is red; gates stand below the values, those of L3 follow the recipe."
+    yield "The bundles", meaning, [("", facts(columns))]
+    measured = next((c.latency for c in columns if c.latency is not None and c.timed), None)
     if measured is not None:
         yield (
             "On this host",
-            f"Medians with {measured['decode']['threads']} threads, wall clock of the machine that ran the comparison, "
+            f"Medians, {measured['decode']['threads']} thread(s), wall clock of the machine that ran the comparison, "
             "each bundle in a process of its own. Peak memory is what that process grew by. A phone differs.",
-            speeds(columns),
+            [("", speeds(columns))],
         )
+    elif any(c.latency is not None for c in columns):
+        meaning = "Emulated: the time and the memory of an emulation say nothing of a device."
+        yield "Work of a token", meaning, [("", speeds(columns))]
+    for rung, rows in checks(columns).items():
+        gated = [row for row in rows if any(cell.status in (PASS, FAIL) for cell in row.cells)]
+        rest = [row for row in rows if row not in gated]
+        question, how = RUNGS[rung]
+        yield f"{rung}: {question}", how, [("Held to a gate", gated), ("Recorded, without a gate", rest)]
 
 
-def plots(columns: Sequence[Column]) -> list[tuple[str, str]]:
-    """(title, svg) of what there is: parity over tokens and states, sizes, speed, memory."""
-    found = []
+def plotted(columns: Sequence[Column]) -> Iterator[Plot]:
+    """Of what there is: parity over tokens and states, sizes, speed, memory."""
     places = {c.name: (c.series("L3", "rows"), c.series("L3", "kl")) for c in columns if c.series("L3", "kl")}
     if places:
-        found.append(("KL over position (nats)", page.lines(places)))
+        meaning = "How far the probabilities of the next token are from the original's, after every call."
+        yield plots.lines("KL over position (nats)", meaning, "token", places)
     drifts = {c.name: c.series("L3", "drift_kl") for c in columns}
     steps = {name: (range(len(kl)), kl) for name, kl in drifts.items() if kl}
     if steps:
-        found.append(("KL over decode steps: drift (nats)", page.lines(steps)))
+        meaning = "The same while decoding token by token: it must not rise."
+        yield plots.lines("KL over decode steps: drift (nats)", meaning, "step", steps)
     states = {c.name: c.series("L3", "states") for c in columns if c.series("L3", "states")}
     if states:
-        found.append(("Relative error of every state, L3", page.states(states)))
-    found.append(("Size on disk", _bars(columns, {"MB": [c.size_bytes / 1e6 for c in columns]})))
-    known = [c for c in columns if c.latency is not None]
-    entries = [c.latency for c in known if c.latency is not None]
-    if entries:
+        meaning = "What each layer remembers after the text of the checks, against the original."
+        yield plots.states("Relative error of every state, L3", meaning, states)
+    names = [c.name for c in columns]
+    sizes = {"MB": [c.size_bytes / 1e6 for c in columns]}
+    yield plots.bars("Size on disk", "Shorter is smaller:", names, sizes)
+
+    def timed(show: Callable[[dict[str, Any]], float]) -> list[float]:
+        return [show(c.latency) if c.latency is not None and c.timed else math.nan for c in columns]
+
+    if any(c.timed for c in columns):
         fast = {
-            f"{phase}, tokens/s": [e[phase]["tokens_per_s_median"] for e in entries] for phase in ("prefill", "decode")
+            "prefill, tokens/s": timed(lambda e: e["prefill"]["tokens_per_s_median"]),
+            "decode, tokens/s": timed(lambda e: e["decode"]["tokens_per_s_median"]),
         }
-        found.append(("Speed on this host", _bars(known, fast)))
+        yield plots.bars("Speed on this host", "Longer is faster:", names, fast)
         full = {
-            "peak memory, MiB": [e["peak_memory_bytes"] / 2**20 for e in entries],
-            "a token reads, MB": [e["decode_bytes"] / 1e6 for e in entries],
+            "peak memory, MiB": timed(lambda e: e["peak_memory_bytes"] / 2**20),
+            "a token reads, MB": [math.nan if c.latency is None else c.latency["decode_bytes"] / 1e6 for c in columns],
         }
-        found.append(("Memory on this host", _bars(known, full)))
-    return found
-
-
-def _bars(columns: Sequence[Column], panels: dict[str, list[float]]) -> str:
-    """A bar per bundle in each panel, the first bundle on top."""
-    drawing, axes = page.figure(len(panels), height=0.9 + 0.4 * len(columns))
-    colours = [f"C{place}" for place in range(len(columns))]
-    for panel, (label, values) in zip(axes if len(panels) > 1 else [axes], panels.items(), strict=True):
-        bars = panel.barh(range(len(columns)), values, color=colours)
-        panel.bar_label(bars, [f"{value:,.0f}" if value >= 100 else f"{value:,.2f}" for value in values], padding=3)
-        panel.set_yticks(range(len(columns)), [c.name for c in columns])
-        panel.set_xlabel(label)
-        panel.margins(x=0.2)
-    (axes[0] if len(panels) > 1 else axes).invert_yaxis()
-    return page.svg(drawing)
+        yield plots.bars("Memory on this host", "Shorter is less:", names, full)

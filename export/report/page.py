@@ -1,77 +1,20 @@
-"""report.html: one self-contained page with tables and plots (inline SVG, no scripts, no network)."""
+"""report.html: one self-contained page, from the verdict to every check (inline SVG, no scripts, no network)."""
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template, select_autoescape
+from export.report import plots, style
+from export.report.card import gate, source
+from export.report.facts import emulated, facts, speed
+from export.report.plots import Plot, amount
+from export.report.verdict import failed, in_order, shown, verdict
+from export.report.words import RUNGS, words
 
-from export.report.card import gate, number, source
-
-STYLE = """
- body { font: 15px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2rem auto; padding: 0 1rem; color: #1c2430 }
- h1 { margin-bottom: .2rem } .sub { color: #5b6675 }
- td.g, td.n { white-space: nowrap } th.n { text-align: right }
- table { border-collapse: collapse; width: 100%; margin: 1rem 0 } td, th { padding: .3rem .6rem; text-align: left;
- border-bottom: 1px solid #e3e7ec; vertical-align: top } td.n { text-align: right; font-variant-numeric: tabular-nums }
- .PASS { color: #0a7d38; font-weight: 600 } .FAIL { color: #c0182b; font-weight: 600 } .RECORDED { color: #5b6675 }
- figure { margin: 1.5rem 0 } svg { max-width: 100%; height: auto } .reason { color: #5b6675; font-size: .85em }
-"""
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ m.name }}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>{{ style | safe }}</style></head><body>
-<h1>{{ m.name }}</h1>
-<p class="sub">Qwen3.5 {{ m.model.size }} ({{ m.model.variant }}), {{ m.target.runtime }} ≥ {{ m.target.min_version }},
- recipe {{ m.quantization.recipe }}, context {{ m.context_length }}.
- Verdict: <span class="{{ 'PASS' if r.passed else 'FAIL' }}">
- {{ 'every gate passed' if r.passed else 'rejected' }}</span></p>
-{% for name, rung in r.rungs.items() %}
-<h2>{{ name }} <span class="{{ rung.status }}">{{ rung.status }}</span>
-{%- if source(r, name) %} <span class="sub">{{ source(r, name) }}</span>{% endif %}</h2>
-<p class="sub">{{ meaning[name] }}{% if source(r, name) %} {{ origin[source(r, name)] }}{% endif %}</p>
-<table><tr><th>check</th><th class="n">value</th><th>gate</th><th>status</th><th>why this gate</th></tr>
-{% for c in rung.checks %}<tr><td>{{ c.name }}</td><td class="n">{{ number(c.value) }}</td>
-<td class="g">{{ gate(c) }}</td><td class="{{ c.status }}">{{ c.status }}</td>
-<td class="reason">{{ c.reason }}</td></tr>{% endfor %}</table>
-{% for note in rung.get("notes", []) %}<p class="sub">{{ note }}</p>
-{% endfor %}{% endfor %}
-{% if r.lint is not none %}<h2>Linter</h2>
-<p class="sub">{{ "What devices are known to object to. Errors stop a build." if r.lint else
-"Nothing found that devices are known to object to." }}</p>{% endif %}
-{% if r.lint %}<table><tr><th>rule</th><th></th><th class="n">findings</th><th>first</th><th>what</th>
-<th>source</th></tr>
-{% for f in r.lint %}<tr><td>{{ f.rule }}</td><td>{{ f.severity }}</td><td class="n">{{ f.count }}</td>
-<td class="g">{{ f.where }}</td>
-<td class="reason">{{ f.text }}</td><td class="reason">{{ f.source }}</td></tr>{% endfor %}</table>{% endif %}
-{% for title, svg in plots %}<figure><h2>{{ title }}</h2>{{ svg | safe }}</figure>{% endfor %}
-{% if r.latency %}{% set real = r.latency.bundle.decode.source == "host" %}
-<h2>Latency {{ "on the host" if real else "of the emulation" }}</h2>
-<table><tr><th></th><th class="n">prefill tokens/s</th><th class="n">decode tokens/s</th>
-<th class="n">p90</th><th class="n">ms per token</th></tr>
-{% for who in ("bundle", "reference") %}{% if r.latency[who] %}<tr><td>{{ who }}</td>
-<td class="n">{{ speed(r.latency[who].prefill.tokens_per_s_median) }}</td>
-<td class="n">{{ speed(r.latency[who].decode.tokens_per_s_median) }}</td>
-<td class="n">{{ speed(r.latency[who].decode.tokens_per_s_p90) }}</td>
-<td class="n">{{ number(1000 / r.latency[who].decode.tokens_per_s_median) }}</td></tr>{% endif %}{% endfor %}</table>
-{{ bars | safe }}
-<p class="sub">Median, {{ r.latency.bundle.decode.threads }} threads, wall clock of the machine that built
- the bundle.{% if not real %} The bundle was emulated: its speed here says nothing
- of a device.{% endif %}</p>
-{% endif %}
-</body></html>
-"""
-
-MEANING = {
-    "L0": "Our modules in PyTorch fp32 against transformers fp32.",
-    "L1": "The lowered program without quantisation against our modules.",
-    "L2": "The weights stored in the artifact against the quantiser, bit for bit.",
-    "L3": "The shipped artifact against transformers fp32.",
-}
+WORST = 10
+"""Tensors shown of those that quantisation changed most."""
 ORIGIN = {
     "host": "Numbers of the runtime itself, on the host.",
     "emulated": "Emulated numbers: a program on the host imitates the runtime. They are never those of a device.",
@@ -79,116 +22,161 @@ ORIGIN = {
 }
 """By `export.report.card.source`."""
 
+CHECKS = """{% macro table(checks, caption) %}<div class="wide" tabindex="0"><table><caption>{{ caption }}</caption>
+<thead><tr><th scope="col">Check</th><th scope="col" class="n">Value</th><th scope="col">Gate</th></tr></thead><tbody>
+{% for c in checks %}{% set said = words(c.name) %}<tr><th scope="row"><code>{{ c.name }}</code>
+<div>{{ said.measures }}</div><div class="reason">If bad: {{ said.bad }}</div>
+{%- if c.reason %}<div class="reason">Why {{ "this" if c.limit is not none else "no" }} gate: {{ c.reason }}.</div>
+{%- endif %}</th>
+<td class="n">{{ shown(c) }}</td><td class="g"><span class="{{ c.status }}">{{ status[c.status] }}</span>
+{%- if c.limit is not none %}<div class="reason">{{ gate(c) }}</div>{% endif %}</td></tr>
+{% endfor %}</tbody></table></div>{% endmacro %}
+{% macro quote(answer) %}<h3>Question{% if answer.picture %}, about a picture{% endif %}</h3>
+<blockquote>{{ answer.question }}</blockquote>
+<h3>The original answers</h3><blockquote>{{ answer.reference }}</blockquote>
+<h3>The bundle answers{% if answer.reference == answer.bundle %} the same{% endif %}</h3>
+<blockquote>{{ answer.bundle }}</blockquote>{% endmacro %}
+"""
+PAGE = """<header><h1>{{ title }}</h1>
+<p class="verdict {{ verdict.status }}"><strong>{{ verdict.word }}:</strong> <span>{{ verdict.sentence }}</span></p>
+</header>
+<main>
+{% if bad %}<h2>What failed</h2><ul>{% for c in bad %}{% set said = words(c.name) %}
+<li><code>{{ c.name }}</code> is <strong class="FAIL">{{ shown(c) }}</strong> and must be {{ gate(c) }}.
+{{ said.measures }} If bad: {{ said.bad }}</li>{% endfor %}</ul>{% endif %}
+<section><h2>The bundle</h2><div class="wide"><table class="facts"><tbody>
+{% for what, value in facts %}<tr><th scope="row">{{ what }}</th><td>{{ value }}</td></tr>
+{% endfor %}</tbody></table></div></section>
+{% if speed or untimed %}<section><h2>Speed</h2>
+{% if speed %}<div class="wide" tabindex="0"><table>
+<thead><tr><th scope="col">tokens/s, median</th><th scope="col" class="n">reading a prompt</th>
+<th scope="col" class="n">answering</th><th scope="col" class="n">answering, slow end (p90)</th>
+<th scope="col" class="n">ms per new token</th></tr></thead><tbody>
+{% for who, name in (("bundle", "This bundle"), ("reference", "PyTorch, float32")) %}{% if speed[who] %}
+<tr><th scope="row">{{ name }}</th><td class="n">{{ amount(speed[who].prefill.tokens_per_s_median) }}</td>
+<td class="n">{{ amount(speed[who].decode.tokens_per_s_median) }}</td>
+<td class="n">{{ amount(speed[who].decode.tokens_per_s_p90) }}</td>
+<td class="n">{{ amount(1000 / speed[who].decode.tokens_per_s_median) }}</td></tr>{% endif %}{% endfor %}
+</tbody></table></div>
+<p class="sub">Wall clock of the host that built the bundle, {{ speed.bundle.decode.threads }}
+thread{{ "s" if speed.bundle.decode.threads != 1 }}, a prompt of {{ speed.bundle.prefill.prompt_tokens }} tokens.
+{% if not speed.reference %}PyTorch was not timed beside it: the model has no full attention, or its float32 weights
+do not fit in half of the free memory. {% endif %}A phone differs.</p>
+{% if speed.reference %}{{ plot(bars, 3) }}{% endif %}
+{% else %}<p>Not measured: the bundle ran on an emulation, and its time says nothing of a device. What a token must
+read and compute stands above; memory and arithmetic of the device decide how fast that is.</p>{% endif %}</section>
+{% endif %}
+{% if answers %}<section><h2>One question</h2>{{ quote(answers[0]) }}
+{% if answers | length > 1 %}<details><summary>{{ answers | length - 1 }} more</summary>
+{% for answer in answers[1:] %}{{ quote(answer) }}{% endfor %}</details>{% endif %}</section>
+{% endif %}
+{% if r %}<section><h2>Checks</h2>
+<p>A ladder: each rung compares one step of the way with the one before, so that the first rung with a bad number is
+where an error entered.</p>
+{% for name, rung in r.rungs.items() %}{% set gated, recorded = in_order(rung.checks) %}
+<h3>{{ name }}: {{ rungs[name][0] }} <span class="{{ rung.status }}">{{ status[rung.status] }}</span>
+{%- if source(r, name) %} <span class="sub">{{ source(r, name) }}</span>{% endif %}</h3>
+<p class="sub">{{ rungs[name][1] }}{% if source(r, name) %} {{ origin[source(r, name)] }}{% endif %}</p>
+{% if gated %}{{ table(gated, "Held to a gate") }}{% endif %}
+{% if recorded %}{{ table(recorded, "Recorded, without a verdict") }}{% endif %}
+{% for note in rung.get("notes", []) %}<p class="sub">{{ note }}</p>
+{% endfor %}{% endfor %}</section>
+{% endif %}
+{% if tensors %}<section><h2>Tensors that rounding changed most</h2>
+<p class="sub">Root of the mean squared error over that of the weights, the worst {{ tensors | length }} of
+{{ r.rungs.L2.series.tensor_errors | length }}. At 1 a tensor is no better than zeros.</p>
+<div class="wide" tabindex="0"><table><thead><tr><th scope="col">Tensor</th><th scope="col" class="n">Error</th>
+<th scope="col" aria-label="bar"></th></tr></thead><tbody>
+{% for name, error, share in tensors %}<tr><th scope="row"><code>{{ name }}</code></th>
+<td class="n">{{ error }}</td><td style="width: 30%"><span class="bar" style="width: {{ share }}%"></span></td></tr>
+{% endfor %}</tbody></table></div></section>
+{% endif %}
+{% if lint is not none %}<section><h2>Linter</h2>
+<p class="sub">{{ "What devices are known to object to. Errors stop a build." if lint else
+"Nothing found that devices are known to object to." }}</p>
+{% if lint %}<div class="wide" tabindex="0"><table><thead><tr><th scope="col">Rule</th><th scope="col">Severity</th>
+<th scope="col" class="n">Findings</th><th scope="col">First</th><th scope="col">What, and who says so</th></tr></thead>
+<tbody>{% for f in lint %}<tr><th scope="row">{{ f.rule }}</th>
+<td class="{{ 'FAIL' if f.severity == 'error' }}">{{ f.severity }}</td><td class="n">{{ f.count }}</td>
+<td class="reason">{{ f.where }}</td>
+<td>{{ f.text }} <span class="reason">{{ f.source }}</span></td></tr>{% endfor %}</tbody></table></div>{% endif %}
+</section>
+{% endif %}
+{% if plots %}<section><h2>Where it differs</h2>{% for drawing in plots %}{{ plot(drawing, 3) }}{% endfor %}</section>
+{% endif %}
+</main>
+"""
+STATUS = {"PASS": "passed", "FAIL": "failed", "RECORDED": "recorded"}
 
-def render(manifest: dict[str, Any], report: dict[str, Any]) -> str:
-    return template(PAGE).render(
-        style=STYLE,
-        m=manifest,
-        r={"latency": None, "lint": None, **report},
-        number=number,
-        speed=speed,
-        gate=gate,
-        source=source,
-        meaning=MEANING,
+
+def render(manifest: dict[str, Any], report: dict[str, Any] | None) -> str:
+    """The page; deterministic but for measured numbers.
+
+    Args:
+        manifest: its `files` give the sizes; without any the page says none.
+        report: as `export.validate.judge.judge` returns it; None for a bundle that was not validated.
+    """
+    found = speed(report)
+    rungs = (report or {"rungs": {}})["rungs"]
+    return style.template(CHECKS + PAGE).render(
+        title=manifest["name"],
+        verdict=verdict(manifest, report),
+        bad=failed(report) if report else [],
+        facts=list(facts(manifest, report)),
+        speed=found,
+        untimed=emulated(report),
+        bars=_speeds(found) if found and found["reference"] else None,
+        answers=rungs["L3"]["series"].get("answers", []) if "L3" in rungs else [],
+        r=report,
+        lint=(report or {}).get("lint"),
+        tensors=list(_tensors(rungs)),
+        plots=list(_plots(rungs)),
+        rungs=RUNGS,
+        status=STATUS,
         origin=ORIGIN,
-        plots=plots(report),
-        bars=_speeds(report["latency"]) if "latency" in report else "",
+        amount=amount,
+        gate=gate,
+        in_order=in_order,
+        shown=shown,
+        source=source,
+        words=words,
     )
 
 
-def template(text: str) -> Template:
-    """An HTML template that escapes what it is given and refuses unknown names."""
-    return Environment(undefined=StrictUndefined, autoescape=select_autoescape(default=True)).from_string(text)
+def _tensors(rungs: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """(name, relative error, its share of the worst in %) of the tensors that rounding changed most."""
+    errors = rungs["L2"]["series"].get("tensor_errors", {}) if "L2" in rungs else {}
+    worst = sorted(errors.items(), key=lambda item: float(item[1]), reverse=True)[:WORST]
+    most = max((float(error) for _, error in worst if math.isfinite(float(error))), default=1.0)
+    for name, error in worst:
+        share = float(error) / most if math.isfinite(float(error)) and most else 1.0
+        yield name, f"{float(error):.3g}", round(100 * share, 1)
 
 
-def speed(value: float) -> str:
-    """Tokens/s in about three digits."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def plots(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """(title, svg) for whatever series the rungs left."""
-    found = []
-    rungs = report["rungs"]
-    errors = {name: rungs[name]["series"].get("states") for name in ("L0", "L1", "L3") if name in rungs}
-    errors = {name: series for name, series in errors.items() if series}
+def _plots(rungs: dict[str, Any]) -> Iterator[Plot]:
+    """Of whatever series the rungs left."""
+    errors = {name: found for name, rung in rungs.items() if (found := rung["series"].get("states"))}
     if errors:
-        found.append(("Relative error of every state", states(errors)))
-    if "L3" in rungs and rungs["L3"]["series"].get("kl"):
-        places = rungs["L3"]["series"]["rows"]
-        found.append(("KL over position (nats)", lines({"": (places, rungs["L3"]["series"]["kl"])})))
-    if "L3" in rungs and rungs["L3"]["series"].get("drift_kl"):
-        layouts = rungs["L3"]["series"].get("drift_kl_by_layout", {})
-        kept = {"bundle": rungs["L3"]["series"]["drift_kl"], **{f"{name} states": kl for name, kl in layouts.items()}}
+        meaning = "What each layer remembers after the text of the checks, against the original, by rung."
+        yield plots.states("Relative error of every state", meaning, errors)
+    series = rungs["L3"]["series"] if "L3" in rungs else {}
+    if series.get("kl"):
+        meaning = "How far the probabilities of the next token are from the original's, after every call."
+        yield plots.lines("KL over position (nats)", meaning, "token", {"bundle": (series["rows"], series["kl"])})
+    if series.get("drift_kl"):
+        layouts = series.get("drift_kl_by_layout", {})
+        kept = {"bundle": series["drift_kl"], **{f"{name} states": kl for name, kl in layouts.items()}}
         curves = {name: (range(len(kl)), kl) for name, kl in kept.items()}
         steps = max(len(kl) for kl in kept.values())
-        found.append((f"KL over {steps:,} decode steps: drift (nats)", lines(curves)))
-    return found
+        meaning = "The same while decoding token by token: it must not rise."
+        yield plots.lines(f"KL over {steps:,} decode steps: drift (nats)", meaning, "step", curves)
 
 
-def figure(panels: int = 1, height: float = 3) -> tuple[Any, Any]:
-    """A figure of the page's width and its axes: an array of them for several panels."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "report"
-    from matplotlib import pyplot
-
-    return pyplot.subplots(1, panels, figsize=(9, height), layout="constrained", sharey=True)
-
-
-def svg(drawing: Any) -> str:
-    """The figure as an <svg> element, the same bytes for the same numbers; closes it."""
-    from matplotlib import pyplot
-
-    buffer = io.StringIO()
-    drawing.savefig(buffer, format="svg", metadata={"Date": None})
-    pyplot.close(drawing)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def states(errors: Mapping[str, Mapping[str, float]]) -> str:
-    """For each label, here rungs, the relative error of every state; a gap where one has none, as L1 of few layers."""
-    drawing, axes = figure()
-    names = list(next(iter(errors.values())))
-    for rung, series in errors.items():
-        axes.plot(range(len(names)), [_positive(series.get(n, "nan")) for n in names], "o-", ms=3, label=rung)
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    return svg(drawing)
-
-
-def _positive(value: float | str) -> float:
-    """A number for a logarithmic axis; a gap where the report holds "inf" or "nan"."""
-    number = float(value)
-    return max(number, 1e-9) if math.isfinite(number) else math.nan
-
-
-def lines(series: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> str:
-    """For each label a curve over tokens; a legend where there are several."""
-    drawing, axes = figure()
-    for label, (x, y) in series.items():
-        axes.plot(x, [_positive(v) for v in y], lw=1, label=label)
-    axes.set_yscale("log")
-    axes.set_xlabel("token")
-    axes.grid(alpha=0.3)
-    if len(series) > 1:
-        axes.legend()
-    return svg(drawing)
-
-
-def _speeds(latency: dict[str, Any]) -> str:
-    """Tokens/s of the bundle beside the reference, prefill and decode."""
-    drawing, axes = figure()
-    runners = [who for who in ("reference", "bundle") if latency.get(who)]
-    for place, phase in enumerate(("decode", "prefill")):
-        speeds = [latency[who][phase]["tokens_per_s_median"] for who in runners]
-        bars = axes.barh([f"{who}, {phase}" for who in runners], speeds, color=f"C{place}")
-        axes.bar_label(bars, [f"{speed:,.0f}" for speed in speeds], padding=3)
-    axes.set_xscale("log")
-    axes.set_xlabel("tokens/s (log scale)")
-    axes.margins(x=0.1)
-    return svg(drawing)
+def _speeds(latency: dict[str, Any]) -> Plot:
+    """Tokens/s of the bundle beside the reference."""
+    runners = {"This bundle": latency["bundle"], "PyTorch, float32": latency["reference"]}
+    panels = {
+        f"{label}, tokens/s": [each[phase]["tokens_per_s_median"] for each in runners.values()]
+        for phase, label in (("prefill", "reading a prompt"), ("decode", "answering"))
+    }
+    return plots.bars("Tokens a second beside PyTorch", "Longer is faster:", list(runners), panels)

@@ -1,23 +1,31 @@
-"""What a bundle answers, for L3: greedy continuations, the checkpoint's task, the runtime's own runner of text."""
+"""What a bundle answers, for L3: conversations, the checkpoint's task, the runtime's own runner of text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from export.chat.conversation import Contract, Conversation
-from export.validate import metrics, reference
+from export.validate import dialogues, metrics
 from export.validate.case import Case
-from export.validate.gates import GREEDY, Check, gated, recorded
+from export.validate.dialogues import Dialogue
+from export.validate.gates import Check, gated, recorded
 from export.validate.probe import Probe
 from export.validate.replay import replay
+from export.validate.scores import Scores
 from targets.base import Session
 
 RUNNER_TOKENS = 24
 """Of text, from the probe, that a runtime's own runner is compared on."""
+
+Logits = NDArray[np.float32]
+UNEXPECTED = 0.1
+"""A stop that the reference gives a smaller probability is none that rounding explains."""
+REPEATED = 4
+"""Tokens from which an answer of one token is a repetition."""
 
 
 def text_runner(session: Session, probe: Probe, special: set[int]) -> list[Check]:
@@ -32,31 +40,84 @@ def text_runner(session: Session, probe: Probe, special: set[int]) -> list[Check
     return [gated("L3.text_runner", metrics.relative(logits, found))]
 
 
-def greedy_tokens(
+def own_answers(
     case: Case,
     session: Session,
     contract: Contract,
     quality_check: Callable[[str, float], Check],
     series: dict[str, Any],
-) -> Check:
-    """Tokens that greedy decoding gives as transformers would, up to the first difference; mean over prompts.
+    notes: list[str],
+) -> list[Check]:
+    """The bundle's answers to the chats, and the reference's where it could give any, scored by both.
 
-    transformers judges the bundle's own continuation in one teacher-forced pass: up to the first difference
-    that is the same as letting it run freely, and layers can still be streamed. Both choose among the same ids:
-    what a bundle never samples is masked in transformers' logits as well.
+    Either side chooses among the same ids: what a bundle never samples is left out of both distributions.
     """
-    lengths = []
-    for prompt in case.prompts:
-        answer = Conversation(session, contract).generate(prompt, max_new_tokens=GREEDY, stop=())
-        ids = [*prompt, *answer]
-        rows = reference.embed(case.checkpoint, ids)
-        positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
-        logits, _ = reference.hf_sequence(case.checkpoint, case.config, rows, positions, len(prompt))
-        best = contract.mask(logits[len(prompt) - 1 : -1]).argmax(-1)
-        different = np.flatnonzero(best != np.asarray(answer))
-        lengths.append(int(different[0]) if len(different) else len(answer))
-    series["greedy_tokens"] = lengths
-    return quality_check("greedy_tokens", float(np.mean(lengths)))
+    share = case.share
+    own = [dialogues.answer(session, contract, chat, share) for chat in case.chats]
+    scored = score(case, contract, own, case.read(own), [dialogue.logits for dialogue in own])
+    joined = Scores.joined(scored)
+    stops = contract.stop_token_ids
+    empty = [len(dialogue.first_answer(stops)) == 0 for dialogue in own]
+    early = [unexpected_stop(d, s, stops) for d, s in zip(own, scored, strict=True)]
+    stuck = [one_token(d, s, stops) for d, s in zip(own, scored, strict=True)]
+    checks = [
+        quality_check("own_kl", joined.kl_mean),
+        quality_check("own_top1", joined.top1),
+        quality_check("own_perplexity", float(np.exp(-joined.loss_difference))),
+        recorded("L3.own_positions", len(joined)),
+        recorded("L3.own_certainty", joined.certainty),
+        gated("L3.answered", 1 - float(np.mean(empty)), enforced=case.gate_quality),
+        gated("L3.stopped_at_once", sum(early), enforced=case.gate_quality),
+        gated("L3.one_token", sum(stuck), enforced=case.gate_quality),
+    ]
+    series["chats"] = [d.chat.name for d in own]
+    series["own_kl"] = [s.kl_mean for s in scored]
+    amount = f"{len(joined):,} positions of the bundle's own answers to {len(own)} conversations"
+    given, note = case.given
+    if given:
+        truth = case.given_truth
+        scored = score(case, contract, given, truth, [dialogues.along(session, contract, each) for each in given])
+        joined = Scores.joined(scored)
+        ours = Scores.joined(score(case, contract, given, truth, [each.logits for each in given]))
+        checks += [
+            quality_check("given_kl", joined.kl_mean),
+            quality_check("given_top1", joined.top1),
+            quality_check("given_perplexity", float(np.exp(joined.loss_difference))),
+            recorded("L3.given_positions", len(joined)),
+            gated("L3.reference_agrees", ours.top1, enforced=case.gate_quality),
+        ]
+        series["given_kl"] = [s.kl_mean for s in scored]
+        amount += f" and {len(joined):,} of the reference's"
+    notes += [f"L3 scored {amount}; how many is decided by the size of the model (export/validate/amounts.py).", note]
+    return checks
+
+
+def score(
+    case: Case, contract: Contract, answered: Sequence[Dialogue], truth: Sequence[Logits], logits: Sequence[Logits]
+) -> list[Scores]:
+    """transformers' logits beside others [places, V] of each dialogue, both without ids that are never sampled."""
+    kept = np.isfinite(contract.mask(np.zeros(case.config.text.vocab_size, np.float32)))
+    numbers = np.cumsum(kept) - 1
+    return [
+        Scores.of(wanted[:, kept], found[:, kept], [int(numbers[token]) for token in dialogue.chosen])
+        for dialogue, wanted, found in zip(answered, truth, logits, strict=True)
+    ]
+
+
+def unexpected_stop(dialogue: Dialogue, scores: Scores, stops: Sequence[int]) -> bool:
+    """Whether the bundle stops at once where the reference would not think of it."""
+    return dialogue.chosen[0] in stops and float(scores.loss_reference[0]) > -np.log(UNEXPECTED)
+
+
+def one_token(dialogue: Dialogue, scores: Scores, stops: Sequence[int]) -> bool:
+    """Whether the first answer is one token over and over, which the reference's is not: it would have taken another
+    one before the repetition was `REPEATED` tokens long.
+    """
+    answer = dialogue.first_answer(stops)
+    if len(answer) < REPEATED or len(set(answer)) > 1:
+        return False
+    beginning = slice(0, REPEATED)
+    return bool(((scores.same[beginning] == 0) & (scores.tie[beginning] == 0)).any())
 
 
 def task_accuracy(

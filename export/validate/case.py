@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
+import torch
 from numpy.typing import NDArray
 
-from export.chat.conversation import chunks
+from export.chat.conversation import Contract, chunks
 from export.checkpoint.base import Checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
+from export.quantize.conditioned import weights_for
 from export.quantize.recipe import Recipe
-from export.validate import reference, transformers_model
+from export.validate import dialogues, reference, teacher, transformers_model
+from export.validate.amounts import STEPWISE, Amounts
+from export.validate.chats import Chat
+from export.validate.dialogues import Dialogue
 from export.validate.gates import Check, failed
 from export.validate.probe import Probe, make_probe, picture
 from export.validate.transformers_model import Whole
@@ -43,7 +49,7 @@ class Rung:
         return {"status": self.status, "checks": checks, "series": self.series, "notes": self.notes}
 
 
-Known = dict[Hashable, Any]
+Known = dict[tuple[Hashable, ...], Any]
 """What was computed of a checkpoint and a probe, for the next bundle of the same checkpoint; see `Case.once`."""
 Result = TypeVar("Result")
 
@@ -61,16 +67,18 @@ class Case:
     threads: int
     tokens: int = 96
     """Length of the probe; the first half is prefilled, the rest decoded."""
-    drift_steps: int = 0
-    """Decode steps of the drift check; 0 leaves it out."""
+    amounts: Amounts = field(default_factory=Amounts)
+    """How much L3 reads and asks beside the probe; by default nothing."""
     gate_quality: bool = True
     """False for random weights, whose L3 says nothing about a real model."""
     task: Callable[[Any], dict[str, float]] | None = None
     """Task accuracy of a generate function, where the checkpoint has a task."""
     text: list[int] | None = None
-    """Token ids the probes are made of (repeated where they are too few); None: random ids."""
-    prompts: list[list[int]] = field(default_factory=list)
-    """Prompts without pictures that are continued greedily; none: that check is left out."""
+    """Token ids that the probe and the run of L3 over a full context are made of; None: random ids."""
+    familiar: bool = False
+    """Whether that text is of the checkpoint's own task. It judges, though only the answers in it were ever learned."""
+    chats: list[Chat] = field(default_factory=list)
+    """Conversations that L3 has answered."""
     known: Known = field(default_factory=dict)
     """Shared by the cases of several bundles of one checkpoint."""
 
@@ -99,7 +107,12 @@ class Case:
 
     @cached_property
     def weights(self) -> Weights:
-        return Weights(self.checkpoint, self.config)
+        """As the bundle has them, before rounding."""
+        return weights_for(self.checkpoint, self.config, self.recipe.conditioning)
+
+    def to_stream(self, rows: NDArray[Any]) -> NDArray[np.float32]:
+        """Rows [T, D] from transformers' embedding or vision tower as the bundle's residual stream has them."""
+        return self.weights.to_stream(torch.from_numpy(rows)).numpy()
 
     @cached_property
     def image_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -121,9 +134,16 @@ class Case:
         return [picture(random, height, width) for height, width in self.image_sizes]
 
     @cached_property
+    def pictures_in_chats(self) -> list[NDArray[np.float32]]:
+        """Two pictures [3, H, W] of the bundle's first sizes, or none."""
+        random = np.random.default_rng(3)
+        return [picture(random, height, width) for height, width in (self.image_sizes * 2)[:2]]
+
+    @cached_property
     def true_pictures(self) -> list[NDArray[np.float32]]:
-        """transformers' image embeddings of `pictures`."""
-        return self.once("pictures", lambda: reference.hf_vision(self.checkpoint, self.config, self.pictures))
+        """transformers' image embeddings of `pictures`, as the bundle's stream has them."""
+        found = self.once("pictures", lambda: reference.hf_vision(self.checkpoint, self.config, self.pictures))
+        return [self.to_stream(each) for each in found]
 
     @cached_property
     def plan(self) -> list[tuple[int | None, int]]:
@@ -156,6 +176,55 @@ class Case:
         fed = self.embedded, self.true_positions, 1
         return self.once("truth", lambda: reference.hf_sequence(self.checkpoint, self.config, *fed))
 
+    @property
+    def drift_steps(self) -> int:
+        """Decode steps at the end of a full cache. Twice as many where states are kept in float16 and the model is
+        small, as it is where it is decoded over more than `STEPWISE` tokens at all.
+        """
+        steps = self.amounts.drift
+        return 2 * steps if self.floats == "float16" and steps > STEPWISE else steps
+
+    @property
+    def share(self) -> int:
+        """Scored positions of each chat, so that all together have those of the amounts."""
+        return -(-self.amounts.positions // max(1, len(self.chats)))
+
+    @cached_property
+    def given(self) -> tuple[list[Dialogue], str]:
+        """The reference's own answers to the chats, none where it does not fit the memory; and a sentence on that."""
+        longest = max((len(chat.ids) for chat in self.chats), default=0)
+        needed, free = (
+            transformers_model.bytes_needed(self.checkpoint, self.config, longest),
+            psutil.virtual_memory().available,
+        )
+        if needed > free:
+            return [], (
+                f"The reference gave no answers of its own: its {needed / 1e9:.1f} GB do not fit into the "
+                f"{free / 1e9:.1f} GB that are free. It read the bundle's, layer by layer."
+            )
+        contract, share = Contract.of(self.manifest), self.share
+        prompts = tuple((tuple(chat.ids), *(image.tobytes() for image in chat.images)) for chat in self.chats)
+        found = self.once(
+            "given",
+            lambda: dialogues.reference_answers(self.weights, contract, self.chats, share),
+            *(contract, share, prompts),
+        )
+        return found, (
+            "The reference's answers were given by this project's modules in float32 and read by transformers, which "
+            "would have chosen the same tokens in the share that L3.reference_agrees tells."
+        )
+
+    @cached_property
+    def given_truth(self) -> list[NDArray[np.float32]]:
+        """transformers' logits [places, V] along each of the reference's answers."""
+        answers = self.given[0]
+        return self.once("given truth", lambda: self.read(answers), tuple(tuple(each.ids) for each in answers))
+
+    def read(self, answered: Sequence[Dialogue]) -> list[NDArray[np.float32]]:
+        """transformers' logits [places, V] along each dialogue."""
+        readings = [dialogue.reading(self.checkpoint, self.config) for dialogue in answered]
+        return teacher.hf_logits(self.checkpoint, self.config, readings)
+
     @cached_property
     def whole(self) -> Whole:
         """transformers' whole model, run once on the probe; only its logits are kept."""
@@ -163,7 +232,8 @@ class Case:
         return self.once("whole", lambda: transformers_model.whole_model(*given))
 
 
-def make_plan(tokens: int, lengths: tuple[int, ...]) -> list[tuple[int | None, int]]:
-    prefill = max(1, tokens // 2 + 3)
-    steps: list[tuple[int | None, int]] = list(chunks(min(prefill, tokens), lengths))
-    return steps + [(None, 1)] * (tokens - min(prefill, tokens))
+def make_plan(tokens: int, lengths: tuple[int, ...], stepwise: int = STEPWISE) -> list[tuple[int | None, int]]:
+    """Half of the tokens in chunks, the rest one by one, but no more than `stepwise`."""
+    prefill = min(tokens, max(1, tokens // 2 + 3, tokens - stepwise))
+    steps: list[tuple[int | None, int]] = list(chunks(prefill, lengths))
+    return steps + [(None, 1)] * (tokens - prefill)

@@ -5,40 +5,27 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from export.bundle.writer import BundleWriter
+from export.chat.conversation import Contract
 from export.chat.template import load_tokenizer
 from export.checkpoint.base import Checkpoint
+from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
 from export.progress import MemorySampler
 from export.quantize.recipe import Recipe
 from export.sizes import SHIPPED, TINY
 from export.spec import UsageError
-from export.validate import latency, task
+from export.validate import activations, chats, latency, task, texts, work
+from export.validate.amounts import Amounts, amounts_for
 from export.validate.case import Case, Known
+from export.validate.examples import examples
 from export.validate.ladder import RUNGS, climb
 from export.validate.probe import image_tokens
 from targets.base import Finding, Target, grouped
-
-PROBE_TEXT = {TINY: 160}
-"""Tokens of text in the probe, beside its two pictures; 64 for the other sizes, whose reference takes longer."""
-DRIFT_STEPS = {"float32": 512, "float16": 1024}
-"""By what states are kept in."""
-GREEDY_SAMPLES = [(name, number) for name in task.WITHOUT_PICTURE for number in range(4)]
-PASSAGE = """The lighthouse keeper wrote in her log every evening. On the 3rd of March she noted: wind from \
-the north-west at 40 km/h, two ships passed, one light was replaced. "If the lamp fails," she once told a \
-visitor, "there are 12 minutes until the next ship is in danger." So she kept three spare lamps, checked them \
-on Mondays and Thursdays, and never went to bed before midnight.
-
-def minutes_until_danger(distance_km: float, speed_kmh: float) -> float:
-    return 60 * distance_km / speed_kmh
-
-Am Morgen war das Meer ruhig. Elle ouvrit la fenêtre et compta les bateaux: un, deux, trois. 灯台は静かだった。
-"""
-"""Prose, numbers, code and four languages: what the probes of a published checkpoint are made of."""
 
 
 def judge(
@@ -52,16 +39,16 @@ def judge(
     stage: Callable[..., Any],
     rungs: tuple[str, ...] = RUNGS,
     with_latency: bool = True,
-    drift_steps: int | None = None,
+    amounts: Amounts | None = None,
     on_findings: Callable[[list[Finding]], None] = lambda findings: None,
     known: Known | None = None,
 ) -> dict[str, Any]:
     """Run the linter and the rungs on a bundle folder and measure it.
 
     Args:
-        rungs: the linter runs with all of them only. drift_steps: decode steps of the drift check; None: by what
-            states are kept in, and none for random weights. on_findings: is given what the linter found before the
-            first rung; raises to stop here. known: what cases of this checkpoint share, for several bundles of it.
+        rungs: the linter runs with all of them only. amounts: how much L3 reads and asks; None: by the size of the
+            model, and nothing beside the probe for random weights. on_findings: is given what the linter found before
+            the first rung; raises to stop here. known: what cases of this checkpoint share, for several bundles of it.
 
     Returns:
         The content of parity.json, and under "latency" that of latency.json. "measured" says where the numbers of L1
@@ -71,13 +58,12 @@ def judge(
     findings = None
     if set(rungs) == set(RUNGS):
         with stage("lint"):
-            findings = target.lint(folder, manifest, activations=True)
+            findings = target.lint(folder, manifest)
         on_findings(findings or [])
-    size = manifest["model"]["size"]
     random = manifest["model"]["source"]["kind"] == "random"
-    if drift_steps is None:
-        drift_steps = 0 if random else DRIFT_STEPS[target.capabilities.floats]
-    text = PROBE_TEXT.get(size, 64)
+    if amounts is None:
+        amounts = amounts_for(Weights(checkpoint, config))
+        amounts = replace(amounts, drift=0) if random else amounts
     pictures = [image_tokens(config, h, w) + 2 for h, w in (manifest["image_sizes"] * 2)[:2]]
     case = Case(
         checkpoint,
@@ -87,25 +73,36 @@ def judge(
         folder,
         manifest,
         threads,
-        tokens=text + sum(pictures),
-        drift_steps=drift_steps,
+        tokens=amounts.probe + sum(pictures),
+        amounts=amounts,
         gate_quality=not random,
         known={} if known is None else known,
     )
+    refused: list[str] = []
     if not random and "tokenizer.json" in manifest["tokenizer"]["files"]:
         tokenizer = load_tokenizer(folder)
+        case.text = texts.text(tokenizer)
+        found = chats.load(tokenizer, Contract.of(manifest), case.pictures_in_chats, amounts.chats)
+        case.chats, refused = found.asked, found.notes
         skills = _skills(checkpoint, config, manifest)
         if skills:
             case.task = lambda generate: task.evaluate(generate, tokenizer, tasks=skills)
-            case.text = task.text(tokenizer, int(manifest["context_length"]))
-            case.prompts = [task.prompt(task.sample(t, task.HELD_OUT + i), tokenizer) for t, i in GREEDY_SAMPLES]
-        else:
-            case.text = tokenizer(PASSAGE, add_special_tokens=False)["input_ids"]
-            case.prompts = [case.text[: len(case.text) // 4]]
+            case.text, case.familiar = task.text(tokenizer, int(manifest["context_length"])), True
+    seen = None
+    if findings is not None and not any(found.severity == "error" for found in findings):
+        with stage("activations"):
+            seen = target.observe(folder, manifest, [case.probe, *examples(folder, manifest)], case.pictures)
+        observed = seen.findings if seen is not None else []
+        on_findings(observed)
+        findings += observed
     results = []
     for rung in rungs:
         with stage(f"validate {rung}"):
             results += climb(case, (rung,))
+        if rung == "L3":
+            results[-1].notes += refused
+            if seen is not None:
+                activations.record(seen, results[-1])
     report: dict[str, Any] = {
         "rungs": {r.name: finite(r.as_json()) for r in results},
         "passed": all(r.status == "PASS" for r in results) and not any(f.severity == "error" for f in findings or ()),
@@ -141,6 +138,7 @@ def measure(
     """Latency of the bundle and of PyTorch in the same run."""
     bundle = measure_bundle(target, folder, manifest, threads)
     prompt = bundle["prefill"]["prompt_tokens"]
+    bundle["decode_macs"] = work.decode_macs(config, prompt)
     reference = latency.measure_reference(checkpoint, config, threads, prompt, 2, 4)
     return {"bundle": bundle, "reference": reference}
 
@@ -257,4 +255,5 @@ def write_reports(writer: BundleWriter, manifest: dict[str, Any], report: dict[s
     if "latency" in report:
         writer.add_json("latency.json", "report", report["latency"])
         manifest["reports"]["latency"] = "latency.json"
-    writer.add("report.html", "report").write_text(render(manifest, report), encoding="utf-8")
+    page = render({**manifest, "files": writer.files()}, report)
+    writer.add("report.html", "report").write_text(page, encoding="utf-8")

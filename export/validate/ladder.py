@@ -7,6 +7,7 @@ lowerings must fail here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
@@ -20,12 +21,15 @@ from export.model.positions import splice
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import general
 from export.validate import metrics, reference
-from export.validate.answers import greedy_tokens, task_accuracy, text_runner
-from export.validate.case import Case, Rung
+from export.validate.amounts import STEPWISE
+from export.validate.answers import own_answers, task_accuracy, text_runner
+from export.validate.case import Case, Rung, make_plan
 from export.validate.drift import drift, stress
-from export.validate.gates import Check, gated, recorded
+from export.validate.gates import GATES, Check, gated, recorded
 from export.validate.lowered import l1
+from export.validate.probe import picture_tokens
 from export.validate.replay import canonical, image_embeddings, replay, state_errors, worst
+from export.validate.scores import Scores
 from targets.base import Session
 
 RUNGS = ("L0", "L1", "L2", "L3")
@@ -36,15 +40,15 @@ def l0(case: Case) -> Rung:
 
     transformers' side takes tying, positions, splicing and pictures from transformers too, ours from this project.
     Where the whole of transformers' model fits the memory, its one forward pass is held against its streamed layers.
-    No bundle takes part, so that several of one checkpoint need it once.
+    No bundle takes part, so that several of one checkpoint, conditioned alike, need it once.
     """
-    return case.once("L0", lambda: _l0(case), case.prefill_lengths)
+    return case.once("L0", lambda: _l0(case), case.prefill_lengths, case.recipe.conditioning)
 
 
 def _l0(case: Case) -> Rung:
     truth, true_states = case.truth
     rows_needed = state.cache_rows(len(case.probe.ids), case.prefill_lengths)
-    rows = reference.embed(case.checkpoint, case.probe.ids)
+    rows = case.to_stream(reference.embed(case.checkpoint, case.probe.ids))
     images = [reference.own_vision(case.weights, image) for image in case.probe.images]
     rows = splice(rows, case.probe.ids, case.config.image_token_id, images)
     logits, states = reference.own_sequence(
@@ -67,8 +71,10 @@ def _l0(case: Case) -> Rung:
 
 
 def l2(case: Case) -> Rung:
-    """Every weight of the artifact, dequantised, against the quantiser's reference, bit for bit."""
-    quantizer = Quantizer(case.weights, case.recipe)
+    """Every weight of the artifact, dequantised, against the quantiser's reference, bit for bit; and how far that
+    reference is from the checkpoint, tensor by tensor.
+    """
+    quantizer = Quantizer(case.weights, case.recipe, case.target.capabilities.smallest_scale)
     compared, wrong, names = 0, 0, []
     seen: dict[Any, int] = {}
     for name, (start, block) in case.target.stored_weights(case.folder, case.manifest, quantizer):
@@ -76,9 +82,7 @@ def l2(case: Case) -> Rung:
         if size:
             expected = _positions(quantizer, parameter, size)
         else:
-            expected = quantizer.reference_rows(parameter, start, start + len(block))
-        if case.floats == "float16" and quantizer.setting(parameter) is None and not size:
-            expected = expected.half().float()
+            expected = quantizer.reference_rows(parameter, start, start + len(block), case.floats)
         # As bits: a NaN differs from itself, and -0 is another weight than 0 only in name.
         different = expected.numel()
         if expected.numel() == block.numel():
@@ -90,12 +94,24 @@ def l2(case: Case) -> Rung:
         if different and name not in names:
             names.append(name)
     missing = sorted(set(_expected(case, quantizer, seen)))
+    errors = dict(sorted(quantizer.relative_errors().items(), key=lambda item: _worse(item[1]), reverse=True))
     checks = [
         gated("L2.mismatches", wrong),
         gated("L2.missing", len(missing)),
+        gated("L2.tensor_error", next(iter(errors.values()), 0.0)),
         recorded("L2.weights", compared),
     ]
-    return Rung("L2", checks, {"wrong": names, "missing": missing})
+    notes = [
+        f"{name} was lost in storage: its error is {error:.0%} of its own size. Store its role with more bits, or "
+        "scale the tensor up in the checkpoint, and down what reads it."
+        for name, error in errors.items()
+        if not GATES["L2.tensor_error"].passes(error)
+    ]
+    return Rung("L2", checks, {"wrong": names, "missing": missing, "tensor_errors": errors}, notes)
+
+
+def _worse(error: float) -> float:
+    return math.inf if math.isnan(error) else error
 
 
 def _content(quantizer: Quantizer, name: str) -> tuple[Any, ...]:
@@ -129,6 +145,8 @@ def _expected(case: Case, quantizer: Quantizer, seen: Mapping[Any, int]) -> Iter
 
 def l3(case: Case) -> Rung:
     """The shipped artifact on its runtime against transformers fp32."""
+    if case.chats:
+        _ = case.given  # before the session is opened: both would hold the weights
     with closing(case.target.open(case.folder, case.manifest, case.threads)) as session:
         rung, rows, logits = _l3(case, session)
     # After the session is closed: both would hold the weights.
@@ -143,51 +161,105 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
     """The rung, the rows [T, D] of the probe as the bundle embeds them, and the logits [calls, V] after its calls."""
     truth, true_states = case.truth
     contract = Contract.of(case.manifest)
-    probe = case.probe
+    probe, config = case.probe, case.config
     rows = np.asarray(session.run("embed", {"input_ids": np.asarray([probe.ids], np.int64)})["embeddings"][0])
     images = image_embeddings(session, probe.images)
     rows = splice(rows, probe.ids, contract.image_token_id, images)
     ends = [first + valid - 1 for first, _, valid in reference.pieces(len(rows), case.plan)]
     logits = np.stack(replay(session, rows, probe.positions, case.plan, junk=0.0))
-    errors = state_errors(case.config, true_states, canonical(case.config, session.states()), len(rows))
+    errors = state_errors(config, true_states, canonical(config, session.states()), len(rows))
     kind = quality(case)
-    wanted = truth[ends]
-    kl = metrics.kl(wanted, logits)
-    agree = metrics.agreement(wanted, logits)
-    worst_state = max(errors.values())
 
     def quality_check(name: str, value: float) -> Check:
         return gated(f"L3.{name}", value, f"L3.{kind}.{name}", enforced=case.gate_quality)
 
+    series: dict[str, Any] = {"states": errors}
+    notes: list[str] = []
+    at_text = [n for n, end in enumerate(ends) if probe.before_text(config, end)]
+    at_pictures = sorted(set(range(len(ends))) - set(at_text))
+    scored = {
+        name: Scores.of(truth[[ends[n] for n in chosen]], logits[chosen], [probe.next(ends[n]) for n in chosen])
+        for name, chosen in (("text", at_text), ("pictures", at_pictures))
+    }
+    series |= {"kl": [float(x) for x in scored["text"].kl], "rows": [ends[n] for n in at_text]}
+    series |= {"picture_kl": [float(x) for x in scored["pictures"].kl], "picture_rows": [ends[n] for n in at_pictures]}
+    worst_state = max(errors.values())
     checks = [
-        quality_check("kl_mean", float(kl.mean())),
-        recorded("L3.kl_p99", float(np.quantile(kl, 0.99))),
-        recorded("L3.kl_worst", float(kl.max())),
-        quality_check("sqnr_db", metrics.sqnr_db(wanted, logits)),
-        quality_check("top1", agree.top1),
-        quality_check("top5", agree.top5),
-        recorded("L3.ambiguous", agree.ambiguous),
         quality_check("states", worst_state) if kind == "fp16" else recorded("L3.states", worst_state),
+        quality_check("chunking", _chunking(case, session, rows)),
     ]
-    again: list[tuple[int | None, int]] = [(None, 1)] * len(rows)
-    stepwise = np.stack(replay(session, rows, probe.positions, again, junk=0.0))[ends]
-    checks.append(quality_check("chunking", float(metrics.kl(stepwise, logits).mean())))
+    text = scored["text"]
+    read = drift(case, session, series, notes) if case.drift_steps else None
+    if read is not None:
+        text = Scores.joined([text, read.scores])
+    known = case.text is None or case.familiar or not text.lost(config.text.vocab_size)
+
+    def text_check(name: str, value: float) -> Check:
+        return gated(f"L3.{name}", value, f"L3.{kind}.{name}", enforced=case.gate_quality and known)
+
+    found = _text_checks(case, text, text_check, notes)
+    if read is not None:
+        found += read.checks(text_check)
+    if not known:
+        notes.append(
+            f"The checkpoint never learned the text of the probe: transformers' perplexity on it is "
+            f"{text.perplexity_reference:,.0f} with a vocabulary of {config.text.vocab_size:,}. What is measured on it "
+            "is recorded without a gate; the answers judge."
+        )
+    checks = [*found, *checks]
+    if at_pictures:
+        checks.append(recorded("L3.kl_pictures", float(scored["pictures"].kl.mean())))
     if case.pictures:
         seeing = quality(case, "vision")
         value = worst(case.true_pictures, image_embeddings(session, case.pictures))
         checks.append(gated("L3.vision", value, f"L3.{seeing}.vision", enforced=case.gate_quality))
-    series: dict[str, Any] = {"kl": [float(x) for x in kl], "rows": ends, "states": errors}
-    notes: list[str] = []
-    config = case.config
-    special = {config.image_token_id, config.vision_start_token_id, config.vision_end_token_id}
-    checks += text_runner(session, probe, special)
-    if case.drift_steps:
-        checks += drift(case, session, quality_check, series, notes)
-    if case.prompts:
-        checks.append(greedy_tokens(case, session, contract, quality_check, series))
+    checks += text_runner(session, probe, picture_tokens(config))
+    if case.chats:
+        checks += own_answers(case, session, contract, quality_check, series, notes)
     if case.task is not None:
         checks += task_accuracy(case, case.task, session, contract, quality_check, series)
     return Rung("L3", checks, series, notes), rows, logits
+
+
+def _text_checks(
+    case: Case, text: Scores, text_check: Callable[[str, float], Check], notes: list[str]
+) -> list[Check]:
+    """Checks at positions whose next token is text, means weighted by the reference's certainty."""
+    checks = [
+        text_check("kl_mean", text.kl_mean),
+        recorded("L3.kl_p99", float(np.quantile(text.kl, 0.99))),
+        recorded("L3.kl_worst", float(text.kl.max())),
+        text_check("sqnr_db", text.sqnr_db),
+        text_check("top1", text.top1),
+        text_check("top5", text.top5),
+        recorded("L3.ambiguous", float(text.tie.mean())),
+        recorded("L3.text_positions", len(text)),
+        recorded("L3.certainty", text.certainty),
+    ]
+    if case.text is not None:
+        checks += [
+            recorded("L3.perplexity_reference", text.perplexity_reference),
+            recorded("L3.perplexity", text.perplexity_bundle),
+        ]
+    notes.append(
+        f"L3.kl_mean is over {len(text):,} positions whose next token is text; each weighs exp(-H), where H is the "
+        f"entropy of the reference there in nats: {text.certainty:.2f} on average."
+    )
+    return checks
+
+
+def _chunking(case: Case, session: Session, rows: NDArray[Any]) -> float:
+    """KL of the first `STEPWISE` tokens of the probe in chunks and single steps from all in single
+    steps, weighted by the certainty of the latter.
+    """
+    tokens = min(len(rows), STEPWISE)
+    plan = make_plan(tokens, case.prefill_lengths)
+    steps: list[tuple[int | None, int]] = [(None, 1)] * tokens
+    ends = [first + valid - 1 for first, _, valid in reference.pieces(tokens, plan)]
+    chunked, stepwise = (
+        np.stack(replay(session, rows[:tokens], case.probe.positions, each, junk=0.0)) for each in (plan, steps)
+    )
+    return Scores.of(stepwise[ends], chunked, [None] * len(ends)).kl_mean
 
 
 def quality(case: Case, role: str | None = None) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from export.checkpoint.weights import Weights
 from export.model import state
 from export.model.config import FULL, ModelConfig
+from export.quantize.conditioned import weights_for
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
 from export.validate import metrics, reference
@@ -28,11 +29,11 @@ from targets.base import UNBOUNDED, Job, Session, Target
 
 def l1(case: Case) -> Rung:
     """The lowered program without quantisation on its runtime against our modules."""
-    config = shallow(case.config)
-    weights = Weights(case.checkpoint, config)
+    weights = weights_for(case.checkpoint, shallow(case.config), case.recipe.conditioning)
+    config = weights.config
     quantizer = Quantizer(weights, Recipe.unquantised())
     probe, plan = case.probe, case.plan
-    rows = case.embedded
+    rows = case.to_stream(case.embedded)
     context = len(probe.ids)
     # Inside an unfinished bundle, so that nothing else is left by a crash; a finished one is never touched.
     place = case.folder if case.folder.suffix == ".partial" else case.folder.parent
@@ -136,9 +137,10 @@ class RoundedWeights(Weights):
 
     def __init__(self, weights: Weights) -> None:
         super().__init__(weights.checkpoint, weights.config)
+        self._weights = weights
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        rows = super().rows(name, start, stop)
+        rows = self._weights.rows(name, start, stop)
         return rows if name == "vision.position_weight" else rows.half().float()
 
 

@@ -23,6 +23,19 @@ class Probe:
     positions: NDArray[np.int32]
     images: list[NDArray[np.float32]]
 
+    def next(self, place: int) -> int | None:
+        """The token behind a place; None behind the last."""
+        return self.ids[place + 1] if place + 1 < len(self.ids) else None
+
+    def before_text(self, config: ModelConfig, place: int) -> bool:
+        """Whether what follows is text: no model is asked what follows within a picture."""
+        return self.next(place) not in picture_tokens(config)
+
+
+def picture_tokens(config: ModelConfig) -> set[int]:
+    """Ids that are no text: a picture's own, and those before and behind it."""
+    return {config.image_token_id, config.vision_start_token_id, config.vision_end_token_id}
+
 
 def make_probe(
     config: ModelConfig,
@@ -38,7 +51,7 @@ def make_probe(
     after it.
     """
     random = np.random.default_rng(seed)
-    special = {config.image_token_id, config.vision_start_token_id, config.vision_end_token_id}
+    special = picture_tokens(config)
     if text:
         words = [text[i % len(text)] for i in range(tokens)]
     else:

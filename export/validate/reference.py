@@ -19,7 +19,7 @@ from torch import Tensor
 
 from export.checkpoint.base import Checkpoint
 from export.checkpoint.names import EMBEDDING
-from export.checkpoint.weights import TEXT, VISION, Weights
+from export.checkpoint.weights import HEAD_BASIS, TEXT, VISION, Weights
 from export.model import state
 from export.model.config import FULL, ModelConfig
 from export.model.decoder import Decoder
@@ -201,5 +201,7 @@ def own_sequence(
         hidden = torch.cat(outputs)
         states |= {s.name: t.numpy() for s, t in zip(layout, current, strict=True)}
     norm = weights.tensor("decoder.norm.weight")
-    normed = ops.rms_norm(hidden, norm, config.text.rms_norm_eps)
+    normed = ops.rms_norm(hidden, norm, config.text.stream_eps)
+    if config.text.head_basis:
+        normed = normed @ weights.tensor(HEAD_BASIS).T
     return head_logits(partial(weights.rows, "decoder.head.weight"), config, normed), states

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from export.checkpoint.weights import HEAD_BASIS
 from export.model import trace
 from export.model.state import State, cache_rows
 from export.spec import UsageError
@@ -102,7 +103,7 @@ def layer_ranges(job: Job) -> list[range]:
     count = job.config.text.num_hidden_layers
     most_layers, most_bytes = job.max_file_layers or count, job.max_file_bytes or 2**63
     sizes = [stored_bytes(job, f"decoder.layers.{layer}.") for layer in range(count)]
-    head = stored_bytes(job, HEAD)
+    head = stored_bytes(job, HEAD) + stored_bytes(job, HEAD_BASIS)
     least = max(*sizes, head)
     if least > most_bytes:
         what = "the head" if head == least else f"layer {sizes.index(least)}"
