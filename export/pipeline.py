@@ -70,7 +70,7 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
     key = {
         **spec.build_key(),
         "content": checkpoint.content_key(),
-        "quantization": {name: described.get(name) for name in ("roles", "layers", "conditioning")},
+        **{name: described.get(name) for name in ("roles", "layers", "conditioning")},
         "built_with": built_with(),
     }
     report = None
