@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from export.chat.template import has_template, load_tokenizer, render
 from export.checkpoint.weights import Weights
 from export.model import state
+from export.model.config import ModelConfig
 from export.model.decoder import Decoder
-from export.model.positions import splice
+from export.model.positions import PositionCounter, splice
 from export.model.vision import VisionEncoder
 from export.quantize.scale import StreamScale
-from export.validate.probe import Probe
+from export.validate import texts
+from export.validate.examples import QUESTION
+from export.validate.probe import Probe, image_tokens, make_probe
 from export.validate.reference import fill
 from export.validate.transformers_model import on_meta
+
+TEXT_TOKENS = 128
+"""Of text in what an export measures on, beside pictures."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,27 @@ class Streams:
             ScaleError: a stream that is not finite.
         """
         return StreamScale.fitting(text=_most(self.text), vision=_most(self.vision))
+
+
+def prompts(config: ModelConfig, folder: Path, sizes: tuple[tuple[int, int], ...]) -> list[Probe]:
+    """What an export measures on: the passages with two pictures, and a rendered question, whose delimiters are where
+    trained models have their largest activations. Random tokens for weights without a tokenizer.
+
+    Args:
+        folder: with the bundle's tokenizer.
+
+    Raises:
+        ExportError: the tokenizer or the template fails.
+    """
+    tokens = TEXT_TOKENS + sum(image_tokens(config, *size) + 2 for size in (list(sizes) * 2)[:2])
+    if not (folder / "tokenizer.json").exists():
+        return [make_probe(config, tokens, sizes)]
+    tokenizer = load_tokenizer(folder)
+    found = [make_probe(config, tokens, sizes, text=texts.text(tokenizer))]
+    if has_template(tokenizer):
+        ids = render(tokenizer, [{"role": "user", "content": QUESTION}])
+        found.append(Probe(ids, PositionCounter().prompt(ids, config.image_token_id, []), []))
+    return found
 
 
 @torch.inference_mode()
