@@ -6,6 +6,7 @@ Letters: T tokens, D hidden size, F width of the MLPs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from export.model.session import Model
 from export.sizes import shipped_tiny
 from export.validate import task
 from export.validate.probe import Probe, make_probe
+from runtime_tests import small_tasks
 
 TOKENS = 384
 """Length of the sequence that the axes of `concentrate` and the statistics come from."""
@@ -172,18 +174,27 @@ def activations(checkpoint: Checkpoint) -> Activations:
 
 
 def known_text(checkpoint: Checkpoint) -> tuple[Probe, frozenset[int]]:
-    """Text of tiny's tasks where the tokenizer is tiny's, else `PASSAGE`, else seeded random ids; and the ids of
-    delimiters. Without a tokenizer those are what opens and closes a picture.
+    """`TOKENS` tokens of text that the checkpoint knows, with two pictures; and the ids of delimiters.
+
+    Without a tokenizer the text is seeded random ids, and delimiters are what opens and closes a picture.
     """
-    config, text = checkpoint.model_config, None
-    marks = {config.vision_start_token_id, config.vision_end_token_id}
-    file = checkpoint.sidecar("tokenizer.json")
-    if file is not None:
-        tokenizer = load_tokenizer(file.parent)
-        if file.read_bytes() == (shipped_tiny() / "tokenizer.json").read_bytes():
-            text = task.text(tokenizer, TOKENS)
-        else:
-            text = tokenizer(PASSAGE, add_special_tokens=False)["input_ids"]
-        spelled = [tokenizer(mark, add_special_tokens=False)["input_ids"] for mark in DELIMITERS]
-        marks = {ids[0] for ids in spelled if len(ids) == 1}
-    return make_probe(config, TOKENS, PICTURES, text=text), frozenset(marks)
+    config, file = checkpoint.model_config, checkpoint.sidecar("tokenizer.json")
+    if file is None:
+        marks = {config.vision_start_token_id, config.vision_end_token_id}
+        return make_probe(config, TOKENS, PICTURES), frozenset(marks)
+    tokenizer = load_tokenizer(file.parent)
+    spelled = [tokenizer(mark, add_special_tokens=False)["input_ids"] for mark in DELIMITERS]
+    probe = make_probe(config, TOKENS, PICTURES, text=_words(file, tokenizer))
+    return probe, frozenset(ids[0] for ids in spelled if len(ids) == 1)
+
+
+def _words(file: Path, tokenizer: Any) -> list[int]:
+    """Text of the tasks of a checkpoint of ours, which its tokenizer.json tells; else `PASSAGE`."""
+    content = file.read_bytes()
+    if content == (shipped_tiny() / file.name).read_bytes():
+        return task.text(tokenizer, TOKENS)
+    for name in small_tasks.TASKS:
+        if content == (small_tasks.folder(name) / file.name).read_bytes():
+            return small_tasks.text(name, tokenizer, TOKENS)
+    ids: list[int] = tokenizer(PASSAGE, add_special_tokens=False)["input_ids"]
+    return ids

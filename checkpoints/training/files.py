@@ -1,11 +1,13 @@
 """Everything of the tiny checkpoint but its weights: config, tokenizer, chat template, processor.
 
-Run once by `train.py`; the files have the published form, so that transformers loads them as any Qwen3.5.
+The files have the published form, so that transformers loads them as any Qwen3.5. `tokenizer` and `save` also serve
+the small checkpoints.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,8 @@ def corpus() -> list[str]:
     return (words + prompts) * 40 + [f" {key}" for key in task.KEYS] * 60
 
 
-def tokenizer() -> Tokenizer:
+def tokenizer(text: Iterable[str], entries: int, special_first: bool = False) -> Tokenizer:
+    """A byte-level tokenizer of at most `entries` entries, whose merges are learned from `text`."""
     result = Tokenizer(models.BPE(byte_fallback=False))
     result.normalizer = normalizers.NFC()
     result.pre_tokenizer = pre_tokenizers.Sequence(
@@ -89,11 +92,12 @@ def tokenizer() -> Tokenizer:
     )
     result.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - len(SPECIAL) - len(PLAIN),
+        vocab_size=entries - len(PLAIN) - (0 if special_first else len(SPECIAL)),
+        special_tokens=SPECIAL if special_first else [],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    result.train_from_iterator(corpus(), trainer)
+    result.train_from_iterator(text, trainer)
     result.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
     result.add_tokens([AddedToken(name, special=False, normalized=False) for name in PLAIN])
     return result
@@ -159,12 +163,18 @@ def config(ids: dict[str, int]) -> dict[str, Any]:
 
 
 def write(folder: Path) -> dict[str, Any]:
-    """Write all files but the weights; returns the config."""
+    """Write all files of tiny but the weights; returns the config."""
+    tokens = tokenizer(corpus(), VOCAB)
+    settings = config(tokens.get_vocab())
+    save(folder, tokens, settings)
+    return settings
+
+
+def save(folder: Path, tokens: Tokenizer, settings: dict[str, Any]) -> None:
+    """Write tokenizer, config, chat template and, where the config has an encoder, the image processor's settings."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = tokenizer()
     tokens.save(str(folder / "tokenizer.json"))
     ids = tokens.get_vocab()
-    settings = config(ids)
 
     def dump(name: str, value: Any) -> None:
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -192,18 +202,18 @@ def write(folder: Path) -> dict[str, Any]:
             "pad_token_id": ids["<|endoftext|>"],
         },
     )
-    dump(
-        "preprocessor_config.json",
-        {
-            "image_processor_type": "Qwen2VLImageProcessorFast",
-            "processor_class": "Qwen3VLProcessor",
-            "size": {"shortest_edge": 1024, "longest_edge": 1048576},
-            "patch_size": 16,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-        },
-    )
+    if "vision_config" in settings:
+        dump(
+            "preprocessor_config.json",
+            {
+                "image_processor_type": "Qwen2VLImageProcessorFast",
+                "processor_class": "Qwen3VLProcessor",
+                "size": {"shortest_edge": 1024, "longest_edge": 1048576},
+                "patch_size": 16,
+                "temporal_patch_size": 2,
+                "merge_size": 2,
+                "image_mean": [0.5, 0.5, 0.5],
+                "image_std": [0.5, 0.5, 0.5],
+            },
+        )
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    return settings
