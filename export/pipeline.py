@@ -66,7 +66,7 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
         progress.notice(notice)
     weights = weights_for(checkpoint, config, recipe.conditioning)
     check_request(spec, target, weights, recipe)
-    described = recipe.for_model(config.text.tie_word_embeddings).as_manifest()
+    described = recipe.for_model(config.text.tie_word_embeddings, config.text.num_hidden_layers).as_manifest()
     key = {
         **spec.build_key(),
         "content": checkpoint.content_key(),

@@ -33,6 +33,9 @@ from export.validate.transformers_model import on_meta
 TEXT_TOKENS = 128
 """Of text in what an export measures on, beside pictures."""
 
+NORMS = ("norm1", "norm2", "merger_norm")
+"""Modules of the vision encoder that read its residual stream."""
+
 
 @dataclass(frozen=True)
 class Streams:
@@ -83,12 +86,13 @@ def measure(weights: Weights, probes: Sequence[Probe]) -> Streams:
     vision: list[float] = []
     rows = []
     embeddings = _embeddings(weights, probes)
-    encoder = _encoder(weights) if any(probe.images for probe in probes) else None
+    encoder: nn.Module | None = _encoder(weights) if any(probe.images for probe in probes) else None
     for probe in probes:
         images = []
-        for image in probe.images if encoder is not None else ():
-            norms = [norm for block in encoder.blocks for norm in (block.norm1, block.norm2)]
-            with _watched([*norms, encoder.merger_norm]) as seen:
+        for image in probe.images:
+            if encoder is None:
+                raise ValueError("a picture for a model without a vision encoder")
+            with _watched(_norms(encoder)) as seen:
                 last = encoder(torch.from_numpy(image))
             images.append(np.asarray(last.numpy(), np.float32))
             found = [_most(seen[i : i + 2]) for i in range(0, len(seen), 2)]
@@ -133,6 +137,11 @@ def _encoder(weights: Weights) -> VisionEncoder | None:
     encoder = on_meta(lambda: VisionEncoder(vision))
     fill(encoder, weights, "vision.")
     return encoder
+
+
+def _norms(encoder: nn.Module) -> list[nn.Module]:
+    """What reads the stream, in order."""
+    return [norm for name, norm in encoder.named_modules() if name.rpartition(".")[2] in NORMS]
 
 
 @contextmanager
