@@ -64,6 +64,7 @@ def built(model: MemoryCheckpoint, folder: Path) -> dict[str, Any]:
     manifest["tokenizer"]["files"] = []
     return manifest | {
         "name": "small-coreml",
+        "status": "unvalidated",
         "model": {"size": "0.8b", "variant": "instruct", "license": "unknown", "num_parameters": 1,
                   "source": {"kind": "random", "id": "m"}},
         "quantization": RECIPE.as_manifest(),
