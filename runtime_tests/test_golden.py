@@ -43,7 +43,7 @@ def make(folder: Path, picture: Image.Image, name: str = "golden_tiny") -> Path:
 
     model = Qwen3_5ForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32)
     model.train(False)
-    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer: Any = AutoTokenizer.from_pretrained(TINY)
     seen = Qwen2VLImageProcessorPil.from_pretrained(TINY)(images=[picture], return_tensors="pt")
     content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
     messages = [{"role": "user", "content": content}]
@@ -51,7 +51,8 @@ def make(folder: Path, picture: Image.Image, name: str = "golden_tiny") -> Path:
     count = int(seen["image_grid_thw"][0].prod()) // 4
     text = text.replace("<|image_pad|>", "<|image_pad|>" * count)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    tokens, first = [], np.zeros(0)
+    tokens: list[int] = []
+    first = np.zeros(0)
     with torch.inference_mode():
         for _ in range(TOKENS):
             whole = torch.tensor([[*ids, *tokens]])
@@ -154,8 +155,7 @@ def test_a_resized_picture_has_gates_of_its_own(
 
 def moved(first: dict[str, Any], second: dict[str, Any]) -> None:
     value = float.fromhex(first["top10_logits"][6])
-    room = min(float.fromhex(first["top10_logits"][5]) - value, value - float.fromhex(first["top10_logits"][7]))
-    first["top10_logits"][6] = (value + 0.9 * max(room, 0)).hex()
+    first["top10_logits"][6] = (value + 4e-4 * float.fromhex(first["top10_logits"][0])).hex()
 
 
 def another_id(first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -218,8 +218,9 @@ def _put(which: int, name: str, place: int, value: Any) -> Edit:
 
 
 BROKEN: dict[str, tuple[Edit, str]] = {
-    "no number": (_put(0, "top10_logits", 2, "12"), r"top10_logits do not fall"),
-    "a float": (_put(0, "top10_logits", 2, 12.5), r"top10_logits is .* must be a list of 10 finite numbers as float\.h"),
+    "order": (_put(0, "top10_logits", 2, "0x1p+9"), r"top10_logits do not fall"),
+    "a float": (_put(0, "top10_logits", 2, 12.5), r"top10_logits is .* a list of 10 finite numbers as float\.hex"),
+    "twice": (lambda a, b: a["top10_ids"].__setitem__(9, a["top10_ids"][8]), r"top10_ids names an id twice"),
     "infinite": (_put(0, "top10_logits", 0, "inf"), r"top10_logits is .* must be a list of 10 finite numbers"),
     "short": (_set(0, "top10_ids", [1, 2]), r"top10_ids is '\[1, 2\]' but must be a list of 10 token ids"),
     "negative": (_put(0, "input_ids", 3, -1), r"input_ids is .* a list of one or more token ids"),

@@ -156,7 +156,9 @@ GATES: dict[str, Gate] = {
     "L3.task_reference": Gate(
         0.9, "a model that cannot do its task in fp32 would make every drop look harmless", at_least=True
     ),
-    "golden.fp32.logits": Gate(1e-4, "that of L1.logits: fp32 on another runtime, the picture as it is; tiny measures 3e-7"),
+    "golden.fp32.logits": Gate(
+        1e-4, "that of L1.logits: fp32 on another runtime, the picture as it is; tiny measures 3e-7"
+    ),
     "golden.fp32.resized.logits": Gate(
         0.01,
         "transformers rounds a resized picture to 8 bits, this project's chat does not, and decoders of JPEG differ; "
