@@ -23,7 +23,6 @@ from export.validate import task
 from export.validate.answers import generator
 from export.validate.transformers_model import whole_model
 from runtime_tests import small_tasks
-from runtime_tests.test_tiny import Faulty
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,22 +146,13 @@ def test_transformers_loads_and_answers_alike(name: str) -> None:
         assert whole.logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer, skill
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("lost", ["recurrent", "key"])
-def test_a_lost_state_is_seen(name: str, lost: str) -> None:
-    """Prompts take several chunks of 16 tokens; without what earlier ones left, most answers are wrong."""
-    runner = Faulty(session(name), lost)
-    scores = small_tasks.evaluate(name, generate(name, runner), tokenizer(name), samples=6)
-    print(name, lost, scores)  # noqa: T201
-
-
 def test_samples_are_fixed_by_their_seed() -> None:
     for name, tasks in small_tasks.TASKS.items():
         for skill in tasks:
             found = [small_tasks.sample(name, skill, task.HELD_OUT + i) for i in range(50)]
             again = small_tasks.sample(name, skill, task.HELD_OUT)
             assert (again.messages, again.answer) == (found[0].messages, found[0].answer)
-            assert len({(case.answer, str(case.messages)) for case in found}) >= 25
+            assert len({(case.answer, str(case.messages)) for case in found}) >= 20
 
 
 @pytest.mark.parametrize("name", NAMES)
