@@ -206,7 +206,8 @@ def test_no_number_of_an_emulation_is_shown_without_that_word(
     lines = commands.parity_table(report).splitlines()
     assert all(line.endswith(" emulated") == line.startswith(("L1.", "L3.")) for line in lines[1:])
     other = {**report, "measured": "host"}
-    columns = [comparison.Column(name, folder, manifest, r) for name, r in (("mine", report), ("host's", other))]
+    stated = {**manifest, "status": "unvalidated"}
+    columns = [comparison.Column(name, folder, stated, r) for name, r in (("mine", report), ("host's", other))]
     assert re.search(r"^L3 source +emulated +host$", comparison.table(columns), re.MULTILINE)
     html = comparison.render(columns)
     assert html.count(">emulated</span>") == html.count(">host</span>") == 2

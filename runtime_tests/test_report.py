@@ -29,7 +29,8 @@ NASTY = "<script>alert('x')</script> & \"<b>\" $_{x}$"
 
 def emitted() -> set[str]:
     """Names of checks by the two closed lists; those of gates without the recipe's kind."""
-    return {re.sub(r"^L3\.(fp32|fp16|int8|int4)\.", "L3.", name) for name in (*GATES, *RECORDED)}
+    kinds = r"^(L3|golden)\.(fp32|fp16|int8|int4)(\.resized)?\."
+    return {re.sub(kinds, r"\1.", name) for name in (*GATES, *RECORDED)}
 
 
 def test_every_check_has_its_words() -> None:

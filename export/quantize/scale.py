@@ -110,6 +110,10 @@ class ScaledWeights(Weights):
         rows, factor = self._weights.rows(name, start, stop), self.scale.of(name)
         return rows if factor == 1.0 else rows * factor
 
+    def to_stream(self, rows: Tensor) -> Tensor:
+        """The factor of the text is in the graph, behind the embeddings."""
+        return self._weights.to_stream(rows)
+
 
 def scaled(weights: Weights, scale: StreamScale) -> Weights:
     """The weights as they are where nothing is scaled."""

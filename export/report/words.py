@@ -37,6 +37,12 @@ RUNGS = {
     ),
 }
 """Of every rung: the question it answers, and how."""
+GOLDEN = (
+    "Does the bundle compute what others measured?",
+    "The shipped bundle against a published golden of its checkpoint: scores after a prompt with a picture, and a "
+    "greedy answer. No checkpoint takes part.",
+)
+"""The same of the golden, which stands beside the rungs and is no part of the ladder."""
 
 RELATIVE = "largest error, over the largest value"
 WORDS = {
@@ -281,6 +287,39 @@ WORDS = {
     "L3.text_runner": Words(
         f"Scores of the runtime's own text runner against the bundle's decoder ({RELATIVE}).",
         "apps that use the runtime's own runner get other answers than ours.",
+    ),
+    "golden.logits": Words(
+        "Scores after the golden's prompt: its ten largest, and largest, smallest, mean and spread of all "
+        f"({RELATIVE}).",
+        "the bundle computes something else than the implementation that made the golden.",
+    ),
+    "golden.sqnr_db": Words(
+        "Power of the golden's ten largest scores, less their mean, over that of the error in them.",
+        "rounding errors are as loud as what tells the ten likeliest tokens apart.",
+        "dB",
+    ),
+    "golden.ids": Words(
+        "Tokens that the bundle puts above the golden's ten likeliest, near ties apart.",
+        "the bundle thinks of tokens that the original leaves out.",
+        "tokens",
+    ),
+    "golden.tokens": Words(
+        "Share of the golden's answer that the bundle would have given too, token by token; near ties are left out.",
+        "a greedy answer soon becomes another one.",
+    ),
+    "golden.top5": Words(
+        "Share of the golden's answer that is among the bundle's first five tokens.",
+        "even sampling rarely finds the original's words.",
+    ),
+    "golden.ambiguous": Words(
+        "Tokens of the golden's answer that the bundle would exchange at a near tie.",
+        "the golden says little about agreement: golden.tokens leaves out many places.",
+        "tokens",
+    ),
+    "golden.prompt_tokens": Words(
+        "Token ids of the golden's prompt, all as the bundle's tokenizer and template give them.",
+        "a short prompt sees little of the model.",
+        "tokens",
     ),
 }
 """By name; a name that ends with * is that of a family of checks."""

@@ -3,7 +3,8 @@
 A check is a name and a value, made by `gated` with the gate it must meet, or by `recorded` if it has none. Both look
 names up in a closed list, so that a misspelt gate is an error and never a check without one. Rungs: L0 our modules
 against transformers, L1 the lowered program without quantisation against our modules, L2 the artifact's weights
-against the quantiser, L3 the shipped artifact against transformers.
+against the quantiser, L3 the shipped artifact against transformers; beside them
+a published golden.
 """
 
 from __future__ import annotations
@@ -155,6 +156,23 @@ GATES: dict[str, Gate] = {
     "L3.task_reference": Gate(
         0.9, "a model that cannot do its task in fp32 would make every drop look harmless", at_least=True
     ),
+    "golden.fp32.logits": Gate(
+        1e-4, "that of L1.logits: fp32 on another runtime, the picture as it is; tiny measures 3e-7"
+    ),
+    "golden.fp32.resized.logits": Gate(
+        0.01,
+        "transformers rounds a resized picture to 8 bits, this project's chat does not, and decoders of JPEG differ; "
+        "tiny measures 2e-4",
+    ),
+    "golden.fp32.ids": Gate(0, "tokens above the golden's ten by more than a near tie: fp32 moves none so far"),
+    "golden.fp16.logits": Gate(0.1, "that of L1.float16.logits: storage in float16, in the worst of models"),
+}
+GOLDEN_ROWS = {"sqnr_db": "sqnr_db", "tokens": "given_top1", "top5": "top5"}
+"""Checks of a golden, and the gate of L3 by which each is held, for every kind of weights."""
+GATES |= {
+    f"golden.{kind}.{name}": replace(GATES[f"L3.{kind}.{row}"], reason=f"that of L3.{kind}.{row}, on a golden")
+    for kind in ("fp32", "fp16", "int8", "int4")
+    for name, row in GOLDEN_ROWS.items()
 }
 
 
@@ -180,6 +198,10 @@ RECORDED: dict[str, str] = {
     "L3.drift_layout": "of layouts of states that the bundle does not have",
     "L3.stress_kl": "sensitivity to sums in float16, in a model of no device",
     "L3.task": "the score of one skill; task_drop is about all of them",
+    "golden.logits": "of quantised weights: golden.sqnr_db holds the same numbers to the bundle's row",
+    "golden.ids": "of weights that are quantised, or a picture that is resized: the tenth place is no answer",
+    "golden.ambiguous": "a count of near ties, which are no fault of a bundle",
+    "golden.prompt_tokens": "a count; a prompt of other ids is refused",
 }
 """Values without a gate, each with the reason why it has none."""
 

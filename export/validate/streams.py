@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from export.chat.template import has_template, load_tokenizer, render
 from export.checkpoint.weights import Weights
 from export.model import state
+from export.model.config import ModelConfig
 from export.model.decoder import Decoder
-from export.model.positions import splice
+from export.model.positions import PositionCounter, splice
 from export.model.vision import VisionEncoder
 from export.quantize.scale import StreamScale
-from export.validate.probe import Probe
+from export.validate import texts
+from export.validate.examples import QUESTION
+from export.validate.probe import Probe, image_tokens, make_probe
 from export.validate.reference import fill
 from export.validate.transformers_model import on_meta
+
+TEXT_TOKENS = 128
+"""Of text in what an export measures on, beside pictures."""
+
+NORMS = ("norm1", "norm2", "merger_norm")
+"""Modules of the vision encoder that read its residual stream."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,27 @@ class Streams:
         return StreamScale.fitting(text=_most(self.text), vision=_most(self.vision))
 
 
+def prompts(config: ModelConfig, folder: Path, sizes: tuple[tuple[int, int], ...]) -> list[Probe]:
+    """What an export measures on: the passages with two pictures, and a rendered question, whose delimiters are where
+    trained models have their largest activations. Random tokens for weights without a tokenizer.
+
+    Args:
+        folder: with the bundle's tokenizer.
+
+    Raises:
+        ExportError: the tokenizer or the template fails.
+    """
+    tokens = TEXT_TOKENS + sum(image_tokens(config, *size) + 2 for size in (list(sizes) * 2)[:2])
+    if not (folder / "tokenizer.json").exists():
+        return [make_probe(config, tokens, sizes)]
+    tokenizer = load_tokenizer(folder)
+    found = [make_probe(config, tokens, sizes, text=texts.text(tokenizer))]
+    if has_template(tokenizer):
+        ids = render(tokenizer, [{"role": "user", "content": QUESTION}])
+        found.append(Probe(ids, PositionCounter().prompt(ids, config.image_token_id, []), []))
+    return found
+
+
 @torch.inference_mode()
 def measure(weights: Weights, probes: Sequence[Probe]) -> Streams:
     """Run every sequence with its pictures.
@@ -54,12 +86,13 @@ def measure(weights: Weights, probes: Sequence[Probe]) -> Streams:
     vision: list[float] = []
     rows = []
     embeddings = _embeddings(weights, probes)
-    encoder = _encoder(weights) if any(probe.images for probe in probes) else None
+    encoder: nn.Module | None = _encoder(weights) if any(probe.images for probe in probes) else None
     for probe in probes:
         images = []
-        for image in probe.images if encoder is not None else ():
-            norms = [norm for block in encoder.blocks for norm in (block.norm1, block.norm2)]
-            with _watched([*norms, encoder.merger_norm]) as seen:
+        for image in probe.images:
+            if encoder is None:
+                raise ValueError("a picture for a model without a vision encoder")
+            with _watched(_norms(encoder)) as seen:
                 last = encoder(torch.from_numpy(image))
             images.append(np.asarray(last.numpy(), np.float32))
             found = [_most(seen[i : i + 2]) for i in range(0, len(seen), 2)]
@@ -104,6 +137,11 @@ def _encoder(weights: Weights) -> VisionEncoder | None:
     encoder = on_meta(lambda: VisionEncoder(vision))
     fill(encoder, weights, "vision.")
     return encoder
+
+
+def _norms(encoder: nn.Module) -> list[nn.Module]:
+    """What reads the stream, in order."""
+    return [norm for name, norm in encoder.named_modules() if name.rpartition(".")[2] in NORMS]
 
 
 @contextmanager

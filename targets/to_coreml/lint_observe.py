@@ -98,8 +98,8 @@ def conversations(
     def calls(session: Session) -> None:
         for place, prompt in enumerate(prompts):
             images = [image.transpose(1, 2, 0) for image in prompt.images]
-            alone = [(length,) for length in contract.prefill_lengths] if place == 0 else []
-            for lengths in alone or [contract.prefill_lengths]:
+            ways: list[tuple[int, ...]] = [(length,) for length in contract.prefill_lengths] if place == 0 else []
+            for lengths in ways or [contract.prefill_lengths]:
                 conversation = Conversation(session, replace(contract, prefill_lengths=lengths))
                 conversation.generate(prompt.ids, images, max_new_tokens=STEPS + 1, stop=())
         for picture in pictures:
