@@ -121,6 +121,8 @@ def validate_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", metavar="C", help="the checkpoint it came from, if not found by itself")
     parser.add_argument("--adapter", metavar="A", help="the folder of the adapter that was merged into it")
     parser.add_argument("--rung", action="append", choices=RUNGS, help="only this rung; may be repeated")
+    text = "hold it against a published golden; climbs no rung but those of --rung, and alone needs no checkpoint"
+    parser.add_argument("--golden", type=Path, metavar="DIR", help=text)
     parser.add_argument("--update", action="store_true", help="write the new reports into the bundle")
     parser.add_argument(
         "--report",
@@ -230,6 +232,8 @@ def check_bundle_options(options: argparse.Namespace) -> None:
             raise UsageError(f"{option} {value}: must be {low:g} to {high:g}")
     if getattr(options, "update", False) and options.rung:
         raise UsageError("--update writes the verdict of the whole ladder: leave out --rung, or --update")
+    if getattr(options, "update", False) and options.golden is not None:
+        raise UsageError("--update writes the verdict of the ladder, which a golden is no part of: leave out one")
     if getattr(options, "update", False) and len(options.bundles) > 1:
         raise UsageError(
             f"--update writes into one bundle, {len(options.bundles)} are given: validate them one by one, "

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from export.progress import Reporter
 from export.sizes import CUSTOM, SHIPPED
 from export.spec import ExportSpec, GateError, UsageError
 from targets.base import Finding
+
+if TYPE_CHECKING:
+    from export.validate.golden import Golden
 
 
 def export(spec: ExportSpec, options: argparse.Namespace) -> int:
@@ -124,10 +127,12 @@ def recipe_of(manifest: dict[str, Any]) -> Any:
 
 
 def validate(options: argparse.Namespace) -> int:
-    """Climb the ladder on finished bundles, several of them side by side; 3 when a gate fails."""
+    """Climb the ladder on finished bundles, or hold them against a golden, several of them side by side; 3 when a
+    gate fails.
+    """
     from export import compare
     from export.report import comparison
-    from export.validate import judge
+    from export.validate import golden, judge
 
     torch.set_num_threads(options.threads)
     page = options.report is not None and options.report.suffix.lower() == ".html"
@@ -136,10 +141,21 @@ def validate(options: argparse.Namespace) -> int:
     bundles = compare.open_bundles(options.bundles)
     several = len(bundles) > 1
     reporter = Reporter(quiet=options.quiet, json_lines=options.json)
-    checkpoint = open_source(bundles[0], options.checkpoint, options.adapter)
-    known: dict[tuple[Hashable, ...], Any] = {}
-    reports = [_climb(b, checkpoint, options, reporter, known, alone=not several) for b in bundles]
-    if (several or page) and not options.rung:
+    held = golden.read(options.golden) if options.golden is not None else None
+    if held is not None:
+        for bundle in bundles:
+            golden.fit(held, bundle.path, bundle.manifest)  # refused before any work begins
+    if held is None or options.rung:
+        checkpoint = open_source(bundles[0], options.checkpoint, options.adapter)
+        known: dict[tuple[Hashable, ...], Any] = {}
+        reports = [_climb(b, checkpoint, options, reporter, known, alone=not several) for b in bundles]
+    else:
+        reports = [{"rungs": {}, "passed": True} for _ in bundles]
+    if held is not None:
+        for bundle, report in zip(bundles, reports, strict=True):
+            with reporter.stage(f"golden of {bundle.path.name}" if several else "golden"):
+                _hold(held, bundle, report, options.threads)
+    if (several or page) and not options.rung and held is None:
         # One after the other, after all ladders: the speed of a shared host changes with time.
         for bundle, report in zip(bundles, reports, strict=True):
             with reporter.stage(f"measure {bundle.path.name}"):
@@ -157,6 +173,18 @@ def validate(options: argparse.Namespace) -> int:
             whose = f" of {column.name}" if several else ""
             sys.stderr.write(f"error: gates{whose} failed: {'; '.join(judge.failures(column.report))}\n")
     return 0 if all(report["passed"] for report in reports) else 3
+
+
+def _hold(held: Golden, bundle: Bundle, report: dict[str, Any], threads: int) -> None:
+    """Put the result of a golden beside the rungs of a report."""
+    from export.validate import golden, judge
+    from targets import load_target
+
+    target = load_target(bundle.manifest["target"]["name"])
+    rung = golden.hold(held, bundle.path, bundle.manifest, target, threads)
+    report["rungs"][rung.name] = judge.finite(rung.as_json())
+    report["passed"] = report["passed"] and rung.status == "PASS"
+    report["measured"] = target.measured
 
 
 def standing(column: Any) -> str:
@@ -370,13 +398,18 @@ def bench_table(entry: dict[str, Any]) -> str:
 
 def lint(options: argparse.Namespace) -> int:
     """Print what the target's linter holds against a bundle; 3 if one finding is an error."""
+    from export.validate.examples import examples
     from targets import load_target
 
     bundle = Bundle.open(options.bundle, verify=options.verify)
     name = bundle.manifest["target"]["name"]
     torch.set_num_threads(options.threads)
+    target = load_target(name)
     with Reporter(quiet=options.quiet, json_lines=options.json).stage("lint"):
-        findings = load_target(name).lint(bundle.path, bundle.manifest, activations=options.activations)
+        findings = target.lint(bundle.path, bundle.manifest)
+        if options.activations and findings is not None and not any(f.severity == "error" for f in findings):
+            seen = target.observe(bundle.path, bundle.manifest, examples(bundle.path, bundle.manifest))
+            findings += seen.findings if seen is not None else []
     if findings is None:
         raise UsageError(f"{bundle.path.name} is for {name}, which has no linter; coreml bundles have one")
     result = {"findings": [asdict(found) for found in findings]}

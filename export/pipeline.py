@@ -19,9 +19,10 @@ from export.model.config import ModelConfig
 from export.quantize.conditioned import weights_for
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe, general, load_recipe
+from export.quantize.scale import ScaledWeights, scaled
 from export.report import card
 from export.spec import ExportSpec, GateError, UsageError
-from export.validate import judge
+from export.validate import judge, streams
 from targets import load_target
 from targets.base import Finding, Job, Lowered, Target, grouped, refuse
 
@@ -65,12 +66,11 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
         progress.notice(notice)
     weights = weights_for(checkpoint, config, recipe.conditioning)
     check_request(spec, target, weights, recipe)
-    quantizer = Quantizer(weights, recipe, target.capabilities.smallest_scale)
-    described = quantizer.recipe.as_manifest()
+    described = recipe.for_model(config.text.tie_word_embeddings, config.text.num_hidden_layers).as_manifest()
     key = {
         **spec.build_key(),
         "content": checkpoint.content_key(),
-        "quantization": {name: described.get(name) for name in ("roles", "layers", "conditioning")},
+        **{name: described.get(name) for name in ("roles", "layers", "conditioning")},
         "built_with": built_with(),
     }
     report = None
@@ -80,6 +80,11 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
             progress.notice(notice)
         tokenizer = sidecars.manifest
         sizes = spec.image_sizes if config.vision is not None else ()
+        if target.capabilities.floats == "float16":
+            with progress.stage("streams"):
+                scale = streams.measure(weights, streams.prompts(weights.config, writer.path, sizes)).scale
+            weights = scaled(weights, scale)
+        quantizer = Quantizer(weights, recipe, target.capabilities.smallest_scale)
         with progress.stage("lower", total=num_parameters(weights)) as bar:
             lowered = target.lower(
                 Job(
@@ -115,7 +120,7 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
 
         if spec.skip_validation:
             with progress.stage("lint"):
-                found = target.lint(writer.path, manifest, activations=False)
+                found = target.lint(writer.path, manifest)
             heed(found or ())
         else:
             place = target, writer.path, manifest
@@ -196,6 +201,8 @@ def describe(
     config: ModelConfig = weights.config
     variant = "base" if spec.base else "instruct"
     quantization = recipe.as_manifest()
+    if isinstance(weights, ScaledWeights):
+        quantization["streams"] = weights.scale.as_manifest()
     for roles in (quantization["roles"], *(table["roles"] for table in quantization.get("layers", ()))):
         for role in roles.values():
             role["activations"] = target.capabilities.activations[role["bits"]]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
+from export.quantize.conditioned import weights_for
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
 from export.validate import latency, reference
@@ -231,10 +231,10 @@ def build(
 ) -> tuple[Lowered, dict[str, Any], Quantizer]:
     """Lower a checkpoint; the manifest holds what sessions and the ladder read of it."""
     chosen = load_target(target)
-    config = checkpoint.model_config
-    quantizer = Quantizer(Weights(checkpoint, config), recipe, chosen.capabilities.smallest_scale)
+    weights = weights_for(checkpoint, checkpoint.model_config, recipe.conditioning)
+    quantizer = Quantizer(weights, recipe, chosen.capabilities.smallest_scale)
     limits = {"profile": chosen.capabilities.profiles[0], **limits}
-    lowered = chosen.lower(Job(config, quantizer, context, lengths, SIZES, folder, try_out=False, **limits))
+    lowered = chosen.lower(Job(weights.config, quantizer, context, lengths, SIZES, folder, try_out=False, **limits))
     manifest = {
         "signatures": lowered.signatures,
         "states": lowered.states,

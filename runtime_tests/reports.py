@@ -109,7 +109,7 @@ def report(layers: int = 32, seed: int = 0, measured: str = "host", gate_quality
                 made("L3.drift_first", float(np.mean(drift[:128]))),
                 made("L3.drift_steps", 512),
                 made("L3.drift_context", 1024),
-                quality("greedy_tokens", 15.25),
+                quality("own_kl", 0.05),
             ],
             {"kl": kl, "rows": list(range(231)), "drift_kl": drift, "states": states(1e-2), "answers": ANSWERS},
         ),

@@ -60,7 +60,7 @@ def test_a_right_bundle_of_a_checkpoint_that_knows_no_prose_passes(
     code, rung = climbed(bundle, source, monkeypatch)
     checks, notes = by_name(rung), " ".join(rung["notes"])
     assert code == 0 and failing(rung) == set()
-    assert 0.005 < checks["L3.own_kl"]["value"] < 0.1
+    assert 0.005 < checks["L3.own_kl"]["value"] < 0.2
     assert checks["L3.own_positions"]["value"] == checks["L3.given_positions"]["value"] == 120
     assert checks["L3.kl_mean"]["status"] == checks["L3.drift"]["status"] == "RECORDED"
     assert "never learned the text of the probe: transformers' perplexity on it is" in notes

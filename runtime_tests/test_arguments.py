@@ -274,6 +274,8 @@ def test_the_plan_counts_what_the_pipeline_stores(size: str) -> None:
     assert {role: n for role, n in planned.items() if role != "kept"} == {
         role: n for role, n in counts.items() if role != "kept"
     }
+    if model.text.tie_word_embeddings:
+        counts["kept"] += model.text.hidden_size**2  # before the head, because the default recipe rotates the stream
     # The patch embedding is stored summed over the two frames of a still picture.
     assert counts["kept"] < planned["kept"] < 1.3 * counts["kept"]
 

@@ -115,16 +115,16 @@ def test_the_page_shows_both_bundles_and_needs_nothing_else(compared: tuple[dict
 def test_one_failed_gate_fails_the_comparison(
     pair: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(GATES, "L3.int4.kl_mean", Gate(1e-9, "a gate no 4 bits pass"))
+    monkeypatch.setitem(GATES, "L3.int4.own_kl", Gate(1e-9, "a gate no 4 bits pass"))
     page = tmp_path / "p.HTML"
     assert main(["validate", *map(str, pair), *ONE, "--rung", "L3", "--report", str(page)]) == 3
     out, err = capsys.readouterr()
     rows = cells(out)
     assert rows[""] == NAMES
     assert rows["verdict"] == ["rejected", "passed"]
-    assert [cell.endswith(" FAIL") for cell in rows["L3.kl_mean"]] == [True, False]
+    assert [cell.endswith(" FAIL") for cell in rows["L3.own_kl"]] == [True, False]
     assert "decode, tokens/s" not in rows, "--rung leaves the measurement out"
-    assert f"gates of {NAMES[0]} failed: L3.kl_mean is" in err
+    assert f"gates of {NAMES[0]} failed: L3.own_kl is" in err
     assert f"gates of {NAMES[1]}" not in err
     assert page.read_text().count('<span class="FAIL">') == 2
 

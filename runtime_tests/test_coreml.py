@@ -19,6 +19,7 @@ from export.checkpoint.weights import Weights
 from export.model import delta_rule as reference_rule
 from export.model.config import ModelConfig
 from export.plan import state_bytes
+from export.quantize.conditioned import weights_for
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe, Setting, general, load_recipe
 from export.sizes import SIZES
@@ -168,8 +169,9 @@ def test_no_weight_file_is_larger_than_the_limit(
     """The smallest limit that is accepted, for 4 layers and a head that one package cannot hold."""
     checkpoint = MemoryCheckpoint(variant(tied=tied, num_hidden_layers=4, vocab_size=2900, vision={"depth": 1}))
     chosen = load_recipe(recipe, 32 if "int4" in recipe else None)
-    quantizer = Quantizer(Weights(checkpoint, checkpoint.model_config), chosen)
-    plan = Job(checkpoint.model_config, quantizer, 128, (16, 80), (), tmp_path, **limits)
+    weights = weights_for(checkpoint, checkpoint.model_config, chosen.conditioning)
+    quantizer = Quantizer(weights, chosen)
+    plan = Job(weights.config, quantizer, 128, (16, 80), (), tmp_path, **limits)
     most = least_limit(plan)
     build(checkpoint, tmp_path, chosen, NAME, lengths=(16, 80), max_file_bytes=most, **limits)
     files = weight_files(tmp_path)

@@ -29,7 +29,7 @@ from export.validate.ladder import l3
 from export.validate.probe import make_probe
 from runtime_tests.conftest import MemoryCheckpoint, build, variant
 from targets import load_target
-from targets.base import Finding, Target
+from targets.base import Activations, Finding, Target
 
 pytestmark = pytest.mark.usefixtures("one_thread", "traced_once", "judged_once")
 
@@ -64,6 +64,7 @@ def built(model: MemoryCheckpoint, folder: Path) -> dict[str, Any]:
     manifest["tokenizer"]["files"] = []
     return manifest | {
         "name": "small-coreml",
+        "status": "unvalidated",
         "model": {"size": "0.8b", "variant": "instruct", "license": "unknown", "num_parameters": 1,
                   "source": {"kind": "random", "id": "m"}},
         "quantization": RECIPE.as_manifest(),
@@ -83,19 +84,25 @@ def report(model: MemoryCheckpoint, bundle: tuple[Path, dict[str, Any]]) -> dict
     """What an export writes into parity.json, read back. One finding is made up: the bundle may have none."""
     folder, manifest = bundle
     target, config = load_target("coreml"), model.model_config
-    seen: list[bool] = []
+    seen: list[Any] = []
 
-    def lint(self: Target, *place: Any, activations: bool) -> list[Finding]:
-        seen.append(activations)
-        return [*(right(self, *place, activations=activations) or []), WARNING]
+    def lint(self: Target, *place: Any) -> list[Finding]:
+        return [*(right(self, *place) or []), WARNING]
 
-    right = type(target).lint
+    def observe(self: Target, *place: Any) -> Activations | None:
+        seen.append(place[2:])
+        return looked(self, *place)
+
+    right, looked = type(target).lint, type(target).observe
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(target), "lint", lint)
+        patch.setattr(type(target), "observe", observe)
         found = judge.judge(
             model, config, RECIPE, target, folder, manifest, 1, silent, with_latency=False, amounts=Amounts(64, STEPS)
         )
-    assert seen == [True]
+    ((prompts, pictures),) = seen
+    assert [len(prompt.images) for prompt in prompts] == [2, 0], "the probe, then what the bundle can say"
+    assert [picture.shape[1:] for picture in pictures] == [tuple(size) for size in manifest["image_sizes"]]
     return json.loads(json.dumps(found))
 
 
@@ -199,7 +206,8 @@ def test_no_number_of_an_emulation_is_shown_without_that_word(
     lines = commands.parity_table(report).splitlines()
     assert all(line.endswith(" emulated") == line.startswith(("L1.", "L3.")) for line in lines[1:])
     other = {**report, "measured": "host"}
-    columns = [comparison.Column(name, folder, manifest, r) for name, r in (("mine", report), ("host's", other))]
+    stated = {**manifest, "status": "unvalidated"}
+    columns = [comparison.Column(name, folder, stated, r) for name, r in (("mine", report), ("host's", other))]
     assert re.search(r"^L3 source +emulated +host$", comparison.table(columns), re.MULTILINE)
     html = comparison.render(columns)
     assert html.count(">emulated</span>") == html.count(">host</span>") == 2

@@ -47,7 +47,7 @@ def test_l2_every_stored_weight_equals_the_quantiser(recipe: str, tied: bool, tm
     assert rung.status == "PASS", rung.series
 
 
-@pytest.mark.parametrize("part", ["up.weight#", "up.weight.scales#", "conv_weight#", "dt_bias#", "input_norm.weight"])
+@pytest.mark.parametrize("part", ["up.weight#", "up.weight.scales#", "conv_weight#", "dt_bias#", "q_norm.weight"])
 def test_l2_notices_one_changed_byte(part: str, small: Any, tmp_path: Path) -> None:
     recipe = load_recipe("int4", 32)
     _, manifest, _ = build(small, tmp_path, recipe, NAME, lengths=(16,))

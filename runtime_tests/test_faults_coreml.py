@@ -18,6 +18,7 @@ import pytest
 from coremltools.converters.mil.mil import Builder as mb
 
 from export.checkpoint.weights import Weights
+from export.quantize.conditioned import weights_for
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
 from export.validate import metrics, reference
@@ -81,11 +82,12 @@ def seeing() -> MemoryCheckpoint:
 
 def build(checkpoint: MemoryCheckpoint, folder: Path, recipe: Recipe, *, vision: bool, **limits: Any) -> Any:
     """Lower a checkpoint, with or without its vision encoder; the manifest holds what sessions and rungs read."""
-    config, target = checkpoint.model_config, load_target(NAME)
-    quantizer = Quantizer(Weights(checkpoint, config), recipe)
+    target = load_target(NAME)
+    weights = weights_for(checkpoint, checkpoint.model_config, recipe.conditioning)
+    quantizer = Quantizer(weights, recipe)
     limits = {"profile": "gpu", **limits}
     sizes = SIZES if vision else ()
-    lowered = target.lower(Job(config, quantizer, TOKENS, LENGTHS, sizes, folder, try_out=False, **limits))
+    lowered = target.lower(Job(weights.config, quantizer, TOKENS, LENGTHS, sizes, folder, try_out=False, **limits))
     return {
         "signatures": lowered.signatures,
         "states": lowered.states,

@@ -268,6 +268,9 @@ def test_the_shipped_recipes() -> None:
     assert load_recipe("fp32").roles == Recipe.unquantised().roles
     assert load_recipe("int4-mixed").roles["linear_attention"] == INT8
     assert not load_recipe("int4-asym").roles["decoder"].symmetric
+    mlp = load_recipe("int4-mlp")
+    assert mlp.setting("mlp_down", 3) == Setting(4, 64) and mlp.setting("attention_out", 3) == INT8
+    assert mlp.setting("lm_head") == mlp.setting("embedding") == Setting(8, scales="absmax")
     assert set(METHODS) == set(METHOD_NAMES)
 
 

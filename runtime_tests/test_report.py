@@ -6,8 +6,10 @@ import copy
 import functools
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from export.checkpoint.weights import parameters
@@ -16,7 +18,9 @@ from export.report import card, comparison, facts, page, plots
 from export.report.verdict import verdict
 from export.report.words import UNKNOWN, WORDS, words
 from export.sizes import SIZES
-from export.validate import work
+from export.validate import answers, work
+from export.validate.chats import Chat
+from export.validate.dialogues import Dialogue
 from export.validate.gates import GATES, RECORDED
 from runtime_tests.reports import ANSWERS, Seen, manifest, report, spoil
 
@@ -25,7 +29,8 @@ NASTY = "<script>alert('x')</script> & \"<b>\" $_{x}$"
 
 def emitted() -> set[str]:
     """Names of checks by the two closed lists; those of gates without the recipe's kind."""
-    return {re.sub(r"^L3\.(fp32|fp16|int8|int4)\.", "L3.", name) for name in (*GATES, *RECORDED)}
+    kinds = r"^(L3|golden)\.(fp32|fp16|int8|int4)(\.resized)?\."
+    return {re.sub(kinds, r"\1.", name) for name in (*GATES, *RECORDED)}
 
 
 def test_every_check_has_its_words() -> None:
@@ -108,7 +113,7 @@ def verdict_of(kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        ("passed", r"PASS Accepted: all 19 gates passed; .* as int4 is held to\. .* in 93\.0% of the places\."),
+        ("passed", r"PASS Accepted: all 19 gates passed; .* as int4 is held to\. .* in 93\.0 % of the places\."),
         ("emulated", r"PASS Accepted: all 19 gates passed on an emulation of the runtime; the bundle"),
         ("unknown", r"PASS Accepted: all 19 gates passed on the runtime or an emulation, which the report does"),
         ("failed", r"FAIL Rejected: 1 of 19 gates failed \(L3\.kl_mean\)\. Do not ship"),
@@ -125,7 +130,7 @@ def test_the_verdict_is_one_sentence(kind: str, sentence: str) -> None:
 def test_the_card_begins_with_the_same_verdict() -> None:
     text = card.render(manifest(), report(), "as told")
     assert text.index("**Accepted:** all 19 gates passed") < text.index("To load it") < text.index("| L0 | L0.logits")
-    assert text.index("| L3 | L3.greedy_tokens") < text.index("| L3 | L3.kl_p99"), "gated ones first"
+    assert text.index("| L3 | L3.own_kl") < text.index("| L3 | L3.kl_p99"), "gated ones first"
     assert "**Not validated:**" in card.render(manifest(), None, "as told")
 
 
@@ -186,7 +191,7 @@ def test_every_check_stands_in_the_page_with_its_sentence_and_its_unit() -> None
         for each in rung["checks"]:
             said = words(each["name"])
             assert f"{each['name']} {said.measures} If bad: {said.bad}" in text
-    assert "4,659,865,088 weights" in text and "21.6 dB" in text and "15.2 tokens" in text
+    assert "4,659,865,088 weights" in text and "21.6 dB" in text and "512 steps" in text
 
 
 def test_an_emulation_shows_work_and_no_time() -> None:
@@ -302,3 +307,23 @@ def test_the_comparison_names_the_smallest_and_the_closest() -> None:
     assert [text for level, text in seen.headings if level == 2][:3] == [
         "The bundles", "On this host", "L0: Is our model the original?",
     ]  # fmt: skip
+
+
+def test_answers_are_told_in_words_the_surest_first() -> None:
+    """0 stops; the reference is silent at the second question, and surest at the third."""
+
+    def dialogue(question: str, answer: list[int], images: list[Any]) -> Any:
+        chat = Chat("", [9], images, question=question)
+        return Dialogue(chat, [9, *answer], list(range(len(answer))), np.zeros((1, 1), np.float32))
+
+    asked = ("first?", "second?", "third?")
+    own = [dialogue(q, [3, 0, 5], [np.zeros(1)] if q == "third?" else []) for q in asked]
+    given = [dialogue(q, answer, []) for q, answer in zip(asked, ([4, 0], [0], [5, 6]), strict=True)]
+    scored: Any = [SimpleNamespace(certainty=each) for each in (0.5, 0.9, 0.7)]
+    case: Any = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    contract: Any = SimpleNamespace(stop_token_ids=[0])
+    assert answers.in_words(case, contract, own, given, scored) == [
+        {"question": "third?", "picture": True, "reference": "5 6", "bundle": "3"},
+        {"question": "first?", "picture": False, "reference": "4", "bundle": "3"},
+    ]
+    assert answers.in_words(cast(Any, SimpleNamespace(decode=None)), contract, own, given, scored) == []

@@ -216,6 +216,36 @@ def refuse(findings: Iterable[Finding]) -> None:
         raise ExportError(f"the linter found {len(errors)} error(s): {listed}")
 
 
+class Prompt(Protocol):
+    """What a bundle is run on, for someone to look at its values."""
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Token ids, image tokens expanded."""
+        ...
+
+    @property
+    def images(self) -> Sequence[NDArray[Any]]:
+        """Its pictures, float32 [3, H, W] in 0…1, each of one of the bundle's sizes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a run showed of the values between operations, as the files hold them: a scaled stream is scaled."""
+
+    text: tuple[float, ...]
+    """Largest magnitude of the decoder's residual stream in each layer; infinite where a value was not finite."""
+    vision: tuple[float, ...]
+    """The same of the vision encoder's: before its blocks, then in each. Empty without one."""
+    largest: float
+    """Largest magnitude of any result in float16, masks left out."""
+    where: str
+    """The operation that gave it: file, function, name and kind."""
+    findings: list[Finding]
+    """What a linter holds against these values."""
+
+
 class Session(Protocol):
     """A bundle loaded on its runtime; one conversation at a time."""
 
@@ -306,12 +336,21 @@ class Target(Protocol):
         """Bytes that one decode step must read: weights, and states that are read whole."""
         ...
 
-    def lint(
-        self, folder: Path, manifest: Mapping[str, Any], *, activations: bool = False
-    ) -> list[Finding] | None:
-        """What devices are known to object to in the files of a bundle; None where the target has no linter.
+    def lint(self, folder: Path, manifest: Mapping[str, Any]) -> list[Finding] | None:
+        """What devices are known to object to in the files of a bundle; None where the target has no linter."""
+        ...
+
+    def observe(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        prompts: Sequence[Prompt],
+        pictures: Sequence[NDArray[Any]] = (),
+    ) -> Activations | None:
+        """Run a bundle and look at every value; None where the runtime shows none, or keeps them in float32.
 
         Args:
-            activations: also run the files for a few tokens and look at every value.
+            prompts: each is fed to a conversation of its own and answered by a few tokens; it must leave room for
+                one. pictures: float32 [3, H, W] in 0…1, looked at alone; one of every size of the bundle.
         """
         ...

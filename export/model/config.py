@@ -55,6 +55,13 @@ class TextConfig:
     tie_word_embeddings: bool
     head_basis: bool = False
     """Between the last norm and the head stands a matrix [D, D]: the head is tied to an embedding in another basis."""
+    stream_scale: float = 1.0
+    """What the residual stream is multiplied by, for float16; see `export.quantize.scale`."""
+
+    @property
+    def stream_eps(self) -> float:
+        """The eps of the norms that read the residual stream."""
+        return self.rms_norm_eps * self.stream_scale**2
 
     @property
     def num_hidden_layers(self) -> int:
@@ -92,6 +99,8 @@ class VisionConfig:
     rope_theta: float
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
+    stream_scale: float = 1.0
+    """As in `TextConfig`."""
 
     @property
     def head_dim(self) -> int:

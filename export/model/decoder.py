@@ -137,9 +137,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: TextConfig, kind: str) -> None:
         super().__init__()
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_norm = RMSNorm(config.hidden_size, config.stream_eps)
         self.mixer = GatedAttention(config) if kind == FULL else GatedDeltaNet(config)
-        self.post_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_norm = RMSNorm(config.hidden_size, config.stream_eps)
         self.mlp = MLP(config)
 
     def forward(
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
         self.config = config
         self.indices = layers if layers is not None else range(config.num_hidden_layers)
         self.layers = nn.ModuleDict({str(i): Layer(config, config.layer_types[i]) for i in self.indices})
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if head else None
+        self.norm = RMSNorm(config.hidden_size, config.stream_eps) if head else None
         self.basis = Linear(config.hidden_size, config.hidden_size) if head and config.head_basis else None
         self.head = Linear(config.hidden_size, config.vocab_size) if head else None
 
@@ -194,6 +194,8 @@ class Decoder(nn.Module):
         context = (cos, sin, start, valid)
         if valid is not None and self.indices.start == 0:
             x = ops.real_rows(x, valid)
+        if config.stream_scale != 1.0 and self.indices.start == 0:
+            x = x * config.stream_scale
         new: list[Tensor] = []
         for place, layer in enumerate(self.layers.values()):
             x, pair = layer(x, context, states[2 * place], states[2 * place + 1])

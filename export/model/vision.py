@@ -18,13 +18,16 @@ LAYER_NORM_EPS = 1e-6
 
 
 class LayerNorm(nn.Module):
-    def __init__(self, width: int) -> None:
+    """Of a residual stream that was multiplied by `config.stream_scale`, which only the eps must know."""
+
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.weight = weight(width)
-        self.bias = weight(width)
+        self.weight = weight(config.hidden_size)
+        self.bias = weight(config.hidden_size)
+        self.eps = LAYER_NORM_EPS * config.stream_scale**2
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, LAYER_NORM_EPS)
+        return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
 
 
 class Block(nn.Module):
@@ -33,10 +36,10 @@ class Block(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.norm1 = LayerNorm(config.hidden_size)
+        self.norm1 = LayerNorm(config)
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size, bias=True)
         self.out = Linear(config.hidden_size, config.hidden_size, bias=True)
-        self.norm2 = LayerNorm(config.hidden_size)
+        self.norm2 = LayerNorm(config)
         self.up = Linear(config.hidden_size, config.intermediate_size, bias=True)
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=True)
 
@@ -64,7 +67,7 @@ class VisionEncoder(nn.Module):
         self.patch = Linear(3 * config.patch_size**2, config.hidden_size, bias=True)
         self.position_weight = weight(config.num_position_embeddings, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.merger_norm = LayerNorm(config.hidden_size)
+        self.merger_norm = LayerNorm(config)
         self.merger_up = Linear(merged, merged, bias=True)
         self.merger_down = Linear(merged, config.out_hidden_size, bias=True)
 

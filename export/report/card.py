@@ -84,7 +84,7 @@ def source(report: dict[str, Any], name: str) -> str:
     """
     if name.startswith("L1.exact"):  # no runtime reads float16 as float32
         return "emulated"
-    return str(report.get("measured", "unknown")) if name[:2] in ("L1", "L3") else ""
+    return str(report.get("measured", "unknown")) if name.split(".")[0] in ("L1", "L3", "golden") else ""
 
 
 def render(manifest: dict[str, Any], report: dict[str, Any] | None, loading: str) -> str:

@@ -18,7 +18,7 @@ from export.report.card import gate, number, source
 from export.report.facts import megabytes
 from export.report.plots import Plot, amount
 from export.report.verdict import FAIL, OPEN, PASS, Verdict, value
-from export.report.words import RUNGS, words
+from export.report.words import GOLDEN, RUNGS, words
 
 NONE = "–"
 
@@ -264,7 +264,7 @@ def _sections(columns: Sequence[Column]) -> Iterator[tuple[str, str, list[tuple[
     for rung, rows in checks(columns).items():
         gated = [row for row in rows if any(cell.status in (PASS, FAIL) for cell in row.cells)]
         rest = [row for row in rows if row not in gated]
-        question, how = RUNGS[rung]
+        question, how = {**RUNGS, "golden": GOLDEN}[rung]
         yield f"{rung}: {question}", how, [("Held to a gate", gated), ("Recorded, without a gate", rest)]
 
 

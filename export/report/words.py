@@ -37,6 +37,12 @@ RUNGS = {
     ),
 }
 """Of every rung: the question it answers, and how."""
+GOLDEN = (
+    "Does the bundle compute what others measured?",
+    "The shipped bundle against a published golden of its checkpoint: scores after a prompt with a picture, and a "
+    "greedy answer. No checkpoint takes part.",
+)
+"""The same of the golden, which stands beside the rungs and is no part of the ladder."""
 
 RELATIVE = "largest error, over the largest value"
 WORDS = {
@@ -93,6 +99,10 @@ WORDS = {
         "Parameters of the model that the bundle lacks, or holds in part.",
         "a part of the model was never stored.",
         "parameters",
+    ),
+    "L2.tensor_error": Words(
+        "The worst error that rounding and storage leave in a tensor, over its own size.",
+        "a tensor was destroyed, for instance because its weights are smaller than any scale.",
     ),
     "L2.weights": Words(
         "Weights that were read back and compared.",
@@ -175,10 +185,91 @@ WORDS = {
         "hardware that sums in float16 would answer differently; it is no model of any device.",
         "nats",
     ),
-    "L3.greedy_tokens": Words(
-        "Tokens of a greedy answer before the first that the original would not give, mean over the prompts.",
-        "answers leave the original's after a few words.",
-        "tokens",
+    "L3.kl_pictures": Words(
+        "The divergence at positions inside pictures, where the next token is no text.",
+        "hardly anything: no answer is read off there, but what a picture leaves behind may be off as well.",
+        "nats",
+    ),
+    "L3.text_positions": Words(
+        "Positions with text behind them that the numbers on text are about.",
+        "few positions make a mean that says little.",
+        "positions",
+    ),
+    "L3.certainty": Words(
+        "How sure the original is of the next token of the text, on average: exp(-entropy), 1 where it knows.",
+        "the original is lost on this text, so that it says little about the bundle.",
+    ),
+    "L3.perplexity": Words(
+        "Perplexity of the bundle on the text: it is as undecided as among so many tokens.",
+        "far above the original's, the bundle no longer knows this text.",
+    ),
+    "L3.perplexity_reference": Words(
+        "Perplexity of the original on the same text.",
+        "the original does not know this text either; it judges no bundle.",
+    ),
+    "L3.own_kl": Words(
+        "How far the probabilities of the next token are from the original's, along what the bundle itself answers to "
+        "conversations.",
+        "the bundle says what the original would not say.",
+        "nats",
+    ),
+    "L3.own_top1": Words(
+        "Share of the bundle's own words that the original prefers too; lost near ties do not count.",
+        "the original would have answered otherwise.",
+    ),
+    "L3.own_perplexity": Words(
+        "Perplexity of the original on the bundle's answers over the bundle's own.",
+        "the original finds the bundle's answers odd: they may be nonsense.",
+    ),
+    "L3.own_positions": Words(
+        "Words of the bundle's own answers that were scored.",
+        "few words make a mean that says little.",
+        "positions",
+    ),
+    "L3.own_certainty": Words(
+        "How sure the original is along the bundle's answers, on average.",
+        "the bundle's answers lead where the original knows nothing.",
+    ),
+    "L3.given_kl": Words(
+        "How far the probabilities of the next token are from the original's, along what the original answers to "
+        "conversations.",
+        "the bundle would leave the original's answers.",
+        "nats",
+    ),
+    "L3.given_top1": Words(
+        "Share of the original's words that the bundle prefers too; lost near ties do not count.",
+        "the bundle would have answered otherwise.",
+    ),
+    "L3.given_perplexity": Words(
+        "Perplexity of the bundle on the original's answers over the original's own.",
+        "the bundle finds the right answers odd.",
+    ),
+    "L3.given_positions": Words(
+        "Words of the original's answers that were scored.",
+        "few words make a mean that says little.",
+        "positions",
+    ),
+    "L3.answered": Words(
+        "Share of conversations to which the bundle says anything at all.",
+        "the bundle stops at once, and nothing was measured.",
+    ),
+    "L3.stopped_at_once": Words(
+        "Conversations that the bundle leaves unanswered although the original would answer.",
+        "the bundle has lost its voice.",
+        "conversations",
+    ),
+    "L3.one_token": Words(
+        "Answers of one token over and over, which the original's are not.",
+        "the bundle is stuck, as one with broken states is.",
+        "answers",
+    ),
+    "L3.reference_agrees": Words(
+        "Share of the reference's own answers that transformers would have given as well.",
+        "what the answers are compared with is not the original.",
+    ),
+    "L3.activations": Words(
+        "The largest value that the bundle computes in float16 on the samples; float16 ends at 65,504.",
+        "another conversation overflows, and the answer is nonsense without an error.",
     ),
     "L3.task_reference": Words(
         "Share of questions of the checkpoint's own task that the original answers rightly.",
@@ -196,6 +287,39 @@ WORDS = {
     "L3.text_runner": Words(
         f"Scores of the runtime's own text runner against the bundle's decoder ({RELATIVE}).",
         "apps that use the runtime's own runner get other answers than ours.",
+    ),
+    "golden.logits": Words(
+        "Scores after the golden's prompt: its ten largest, and largest, smallest, mean and spread of all "
+        f"({RELATIVE}).",
+        "the bundle computes something else than the implementation that made the golden.",
+    ),
+    "golden.sqnr_db": Words(
+        "Power of the golden's ten largest scores, less their mean, over that of the error in them.",
+        "rounding errors are as loud as what tells the ten likeliest tokens apart.",
+        "dB",
+    ),
+    "golden.ids": Words(
+        "Tokens that the bundle puts above the golden's ten likeliest, near ties apart.",
+        "the bundle thinks of tokens that the original leaves out.",
+        "tokens",
+    ),
+    "golden.tokens": Words(
+        "Share of the golden's answer that the bundle would have given too, token by token; near ties are left out.",
+        "a greedy answer soon becomes another one.",
+    ),
+    "golden.top5": Words(
+        "Share of the golden's answer that is among the bundle's first five tokens.",
+        "even sampling rarely finds the original's words.",
+    ),
+    "golden.ambiguous": Words(
+        "Tokens of the golden's answer that the bundle would exchange at a near tie.",
+        "the golden says little about agreement: golden.tokens leaves out many places.",
+        "tokens",
+    ),
+    "golden.prompt_tokens": Words(
+        "Token ids of the golden's prompt, all as the bundle's tokenizer and template give them.",
+        "a short prompt sees little of the model.",
+        "tokens",
     ),
 }
 """By name; a name that ends with * is that of a family of checks."""

@@ -20,6 +20,7 @@ from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
 from export.quantize.conditioned import weights_for
 from export.quantize.recipe import Recipe
+from export.quantize.scale import StreamScale, scaled
 from export.validate import dialogues, reference, teacher, transformers_model
 from export.validate.amounts import STEPWISE, Amounts
 from export.validate.chats import Chat
@@ -79,6 +80,8 @@ class Case:
     """Whether that text is of the checkpoint's own task. It judges, though only the answers in it were ever learned."""
     chats: list[Chat] = field(default_factory=list)
     """Conversations that L3 has answered."""
+    decode: Callable[[Sequence[int]], str] | None = None
+    """Token ids in words, for the report; None: it shows no answers."""
     known: Known = field(default_factory=dict)
     """Shared by the cases of several bundles of one checkpoint."""
 
@@ -108,7 +111,12 @@ class Case:
     @cached_property
     def weights(self) -> Weights:
         """As the bundle has them, before rounding."""
-        return weights_for(self.checkpoint, self.config, self.recipe.conditioning)
+        return scaled(weights_for(self.checkpoint, self.config, self.recipe.conditioning), self.scale)
+
+    @property
+    def scale(self) -> StreamScale:
+        """Of the bundle's residual streams."""
+        return StreamScale.parse(self.manifest.get("quantization", {}).get("streams", {}))
 
     def to_stream(self, rows: NDArray[Any]) -> NDArray[np.float32]:
         """Rows [T, D] from transformers' embedding or vision tower as the bundle's residual stream has them."""

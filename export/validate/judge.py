@@ -19,9 +19,10 @@ from export.progress import MemorySampler
 from export.quantize.recipe import Recipe
 from export.sizes import SHIPPED, TINY
 from export.spec import UsageError
-from export.validate import chats, latency, task, texts, work
+from export.validate import activations, chats, latency, task, texts, work
 from export.validate.amounts import Amounts, amounts_for
 from export.validate.case import Case, Known
+from export.validate.examples import examples
 from export.validate.ladder import RUNGS, climb
 from export.validate.probe import image_tokens
 from targets.base import Finding, Target, grouped
@@ -57,7 +58,7 @@ def judge(
     findings = None
     if set(rungs) == set(RUNGS):
         with stage("lint"):
-            findings = target.lint(folder, manifest, activations=True)
+            findings = target.lint(folder, manifest)
         on_findings(findings or [])
     random = manifest["model"]["source"]["kind"] == "random"
     if amounts is None:
@@ -83,16 +84,26 @@ def judge(
         case.text = texts.text(tokenizer)
         found = chats.load(tokenizer, Contract.of(manifest), case.pictures_in_chats, amounts.chats)
         case.chats, refused = found.asked, found.notes
+        case.decode = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
         skills = _skills(checkpoint, config, manifest)
         if skills:
             case.task = lambda generate: task.evaluate(generate, tokenizer, tasks=skills)
             case.text, case.familiar = task.text(tokenizer, int(manifest["context_length"])), True
+    seen = None
+    if findings is not None and not any(found.severity == "error" for found in findings):
+        with stage("activations"):
+            seen = target.observe(folder, manifest, [case.probe, *examples(folder, manifest)], case.pictures)
+        observed = seen.findings if seen is not None else []
+        on_findings(observed)
+        findings += observed
     results = []
     for rung in rungs:
         with stage(f"validate {rung}"):
             results += climb(case, (rung,))
         if rung == "L3":
             results[-1].notes += refused
+            if seen is not None:
+                activations.record(seen, results[-1])
     report: dict[str, Any] = {
         "rungs": {r.name: finite(r.as_json()) for r in results},
         "passed": all(r.status == "PASS" for r in results) and not any(f.severity == "error" for f in findings or ()),

@@ -42,7 +42,7 @@ def l0(case: Case) -> Rung:
     Where the whole of transformers' model fits the memory, its one forward pass is held against its streamed layers.
     No bundle takes part, so that several of one checkpoint, conditioned alike, need it once.
     """
-    return case.once("L0", lambda: _l0(case), case.prefill_lengths, case.recipe.conditioning)
+    return case.once("L0", lambda: _l0(case), case.prefill_lengths, case.recipe.conditioning, case.scale)
 
 
 def _l0(case: Case) -> Rung:

@@ -19,6 +19,7 @@ from export.model.config import FULL, ModelConfig
 from export.quantize.conditioned import weights_for
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
+from export.quantize.scale import scaled
 from export.validate import metrics, reference
 from export.validate.case import Case, Rung
 from export.validate.gates import GATES, Check, gated, recorded
@@ -29,7 +30,7 @@ from targets.base import UNBOUNDED, Job, Session, Target
 
 def l1(case: Case) -> Rung:
     """The lowered program without quantisation on its runtime against our modules."""
-    weights = weights_for(case.checkpoint, shallow(case.config), case.recipe.conditioning)
+    weights = scaled(weights_for(case.checkpoint, shallow(case.config), case.recipe.conditioning), case.scale)
     config = weights.config
     quantizer = Quantizer(weights, Recipe.unquantised())
     probe, plan = case.probe, case.plan

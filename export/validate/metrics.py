@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,18 +25,8 @@ def relative(reference: Array, candidate: Array) -> float:
     return float(error / scale) if scale > 0 else float(error > 0) * float("inf") if error > 0 else 0.0
 
 
-def sqnr_db(reference: Array, candidate: Array) -> float:
-    """Signal to quantisation noise in dB: 10·log10(sum a² / sum (a-b)²), logits centred per row.
-
-    A constant added to all logits of a token changes nothing downstream, so it is not counted as noise.
-    """
-    a, b = centred(reference), centred(candidate)
-    noise = float(((a - b) ** 2).sum())
-    return float("inf") if noise == 0 else float(10 * np.log10((a**2).sum() / noise))
-
-
 def centred(logits: Array) -> NDArray[np.float64]:
-    """Logits less their mean, row by row."""
+    """Logits less their mean, row by row: a constant added to all logits of a token changes nothing downstream."""
     wide = logits.astype(np.float64)
     result: NDArray[np.float64] = wide - wide.mean(axis=-1, keepdims=True)
     return result
@@ -55,28 +44,3 @@ def kl(reference: Array, candidate: Array) -> NDArray[np.float64]:
     p, q = log_softmax(reference), log_softmax(candidate)
     result: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=-1)
     return np.maximum(result, 0.0)
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """Shares of tokens: same best token, reference's best among the candidate's five, undecided ties."""
-
-    top1: float
-    top5: float
-    ambiguous: float
-
-
-def agreement(reference: Array, candidate: Array) -> Agreement:
-    """Top-1 and top-5 agreement; a disagreement at a near tie of the reference counts as ambiguous.
-
-    Ambiguous tokens are left out of `top1` (neither right nor wrong) and reported beside it.
-    """
-    best = reference.argmax(-1)
-    same = best == candidate.argmax(-1)
-    k = min(5, candidate.shape[-1])
-    five = (np.argpartition(-candidate, k - 1, axis=-1)[:, :k] == best[:, None]).any(-1)
-    ordered = np.sort(reference.astype(np.float64), axis=-1)
-    tie = ~same & (ordered[:, -1] - ordered[:, -2] < NEAR_TIE)
-    decided = ~tie
-    top1 = float(same[decided].mean()) if decided.any() else 1.0
-    return Agreement(top1, float(five.mean()), float(tie.mean()))

@@ -201,7 +201,7 @@ def own_sequence(
         hidden = torch.cat(outputs)
         states |= {s.name: t.numpy() for s, t in zip(layout, current, strict=True)}
     norm = weights.tensor("decoder.norm.weight")
-    normed = ops.rms_norm(hidden, norm, config.text.rms_norm_eps)
+    normed = ops.rms_norm(hidden, norm, config.text.stream_eps)
     if config.text.head_basis:
         normed = normed @ weights.tensor(HEAD_BASIS).T
     return head_logits(partial(weights.rows, "decoder.head.weight"), config, normed), states

@@ -123,7 +123,7 @@ class Scores:
 
     @property
     def sqnr_db(self) -> float:
-        """As `metrics.sqnr_db`, each position with its weight."""
+        """Signal to quantisation noise in dB, 10·log10(sum a² / sum (a-b)²) of centred logits, weighted."""
         noise = self.mean(self.noise)
         return float("inf") if noise == 0 else float(10 * np.log10(self.mean(self.signal) / noise))
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from targets.base import Capabilities, Finding, Job, Lowered, OperatorTime, Rows, Session
+from targets.base import (
+    Activations,
+    Capabilities,
+    Finding,
+    Job,
+    Lowered,
+    OperatorTime,
+    Prompt,
+    Rows,
+    Session,
+)
 from targets.to_coreml.profiles import ALIGNED_ROWS, PROFILES, STATE_LAYOUTS
 
 if TYPE_CHECKING:
@@ -102,12 +112,21 @@ class CoreMLTarget:
 
         return decode_bytes(folder, manifest)
 
-    def lint(
-        self, folder: Path, manifest: Mapping[str, Any], *, activations: bool = False
-    ) -> list[Finding] | None:
+    def lint(self, folder: Path, manifest: Mapping[str, Any]) -> list[Finding] | None:
         from targets.to_coreml.lint import lint_bundle
 
-        return lint_bundle(folder, manifest, activations=activations)
+        return lint_bundle(folder, manifest)
+
+    def observe(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        prompts: Sequence[Prompt],
+        pictures: Sequence[NDArray[Any]] = (),
+    ) -> Activations | None:
+        from targets.to_coreml.lint_streams import observe_bundle
+
+        return observe_bundle(folder, manifest, prompts, pictures)
 
 
 TARGET = CoreMLTarget()

@@ -43,7 +43,8 @@ class Interpreter:
         """Nothing is compiled or read before the first run.
 
         Args:
-            accumulate: "float16" is the stress mode: sums are rounded to float16 as they grow (see `kernels_sums`).
+            accumulate: "float16" is the stress mode: sums are rounded to float16 as they grow, and so is every step
+                inside norms and attention (see `kernels_sums`).
             observe: sees the result of every operation that runs: not of constants, and not of states that are read.
             budget: of the memory for weights, shared with other packages; `WEIGHT_BYTES` for this one by default.
         """

@@ -60,13 +60,17 @@ def _sign(x: Tensor) -> Tensor:
 
 
 def _with_epsilon(function: Unary, default: float) -> Builder:
-    """function(x + epsilon). The default is rounded to the dtype of x: below float16's range it is zero."""
+    """function(x + epsilon). The default is rounded to the dtype of x: below float16's range it is zero. In stress mode
+    the sum is rounded too: it is a step inside a norm.
+    """
 
     def build(call: Call) -> Bound:
         kind = TORCH[call.type("x").dtype]
         epsilon = call.number("epsilon", torch.tensor(default, dtype=kind).item())
         if epsilon == 0:
             return Bound(_through_float(function), ("x",))
+        if call.half_sums:
+            return Bound(lambda x: function((x.float() + epsilon).half().float()).to(kind), ("x",))
         return Bound(lambda x: function(x.float() + epsilon).to(kind), ("x",))
 
     return build

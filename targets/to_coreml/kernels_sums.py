@@ -1,8 +1,9 @@
 """Kernels that add up: products of matrices, convolution, attention, reductions, normalisations.
 
 Each computes in float32 from its inputs to its end and rounds once. In stress mode (`Call.half_sums`) the sums are
-rounded to float16 after every `BLOCK` terms, and so are the steps of softmax and of the norms: it shows how sensitive
-a model is to such arithmetic, it is no model of any device.
+rounded to float16 after every `BLOCK` terms, and so is every step inside softmax, attention and the norms, as on the
+Neural Engine, which has no float32 to keep them in: a score or a square beyond float16 is infinite there. It shows how
+sensitive a model is to such arithmetic, it is no model of any device. What a program declares as float32 stays that.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ BLOCK = 8
 def _half(x: Tensor) -> Tensor:
     """float32 rounded to what float16 holds."""
     return x.half().float()
+
+
+def _rounding(half_sums: bool) -> Callable[[Tensor], Tensor]:
+    """What is done to each step inside an operation."""
+    return _half if half_sums else lambda x: x
 
 
 def _product(x: Tensor, y: Tensor, half_sums: bool) -> Tensor:
@@ -219,14 +225,14 @@ def _attention(call: Call) -> Bound:
     operands: tuple[str, ...] = ("query", "key", "value")
     if call.has("attn_mask"):
         operands += ("attn_mask",)
-    half_sums = call.half_sums
+    half_sums, step = call.half_sums, _rounding(call.half_sums)
 
     def run(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        scores = _product(query.float(), key.float().mT, half_sums) * scale
+        scores = step(_product(query.float(), key.float().mT, half_sums) * scale)
         if mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(~mask, -math.inf)
         elif mask is not None:
-            scores = scores + mask
+            scores = step(scores + mask)
         return _product(_softmax_float(scores, -1, half_sums), value.float(), half_sums).to(kind)
 
     return Bound(run, operands)
@@ -256,13 +262,13 @@ def _layer_norm(call: Call) -> Bound:
         scale, shift = (part if part is None else part.reshape(over) for part in (gamma, beta))
         return Bound(lambda x: F.layer_norm(x.float(), over, scale, shift, epsilon).to(kind), ("x",))
     count = math.prod(shape[axis] for axis in axes)
-    step: Callable[[Tensor], Tensor] = _half if half_sums else lambda x: x
+    step = _rounding(half_sums)
 
     def run(x: Tensor) -> Tensor:
         wide = x.float()
         centred = step(wide - step(_sum(wide, axes, True, half_sums) / count))
         variance = step(_sum(step(centred * centred), axes, True, half_sums) / count)
-        found = step(centred * step(torch.rsqrt(variance + epsilon)))
+        found = step(centred * step(torch.rsqrt(step(variance + epsilon))))
         found = found if gamma is None else step(found * gamma)
         return (found if beta is None else found + beta).to(kind)
 
@@ -272,11 +278,12 @@ def _layer_norm(call: Call) -> Bound:
 def _l2_norm(call: Call) -> Bound:
     """x / √(Σx² + epsilon) over the last three axes."""
     kind, half_sums, rank = TORCH[call.type("x").dtype], call.half_sums, len(call.type("x").shape)
-    epsilon, axes = call.number("epsilon", 1e-6), list(range(rank - 3, rank))
+    epsilon, axes, step = call.number("epsilon", 1e-6), list(range(rank - 3, rank)), _rounding(half_sums)
 
     def run(x: Tensor) -> Tensor:
         wide = x.float()
-        return (wide / torch.sqrt(_sum(wide * wide, axes, True, half_sums) + epsilon)).to(kind)
+        total = step(_sum(step(wide * wide), axes, True, half_sums) + epsilon)
+        return (wide / step(torch.sqrt(total))).to(kind)
 
     return Bound(run, ("x",))
 
@@ -287,13 +294,13 @@ def _reduce(terms: Callable[[Tensor], Tensor] | None, finish: Callable[[Tensor, 
     def build(call: Call) -> Bound:
         shape, kind, half_sums = call.shape("x"), TORCH[call.type("x").dtype], call.half_sums
         axes, keep = call.axes("axes", len(shape)), bool(call.number("keep_dims", False))
-        count = math.prod(shape[axis] for axis in axes)
+        count, step = math.prod(shape[axis] for axis in axes), _rounding(half_sums)
         if terms is None and finish is None and not half_sums:
             return Bound(lambda x: torch.sum(x, axes, keep, dtype=kind), ("x",))
 
         def run(x: Tensor) -> Tensor:
             wide = x.float() if x.is_floating_point() else x.double()
-            total = _sum(wide if terms is None else terms(wide), axes, keep, half_sums)
+            total = _sum(wide if terms is None else step(terms(wide)), axes, keep, half_sums)
             return (total if finish is None else finish(total, count)).to(kind)
 
         return Bound(run, ("x",))

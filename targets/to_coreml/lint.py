@@ -27,24 +27,21 @@ PACKAGE_CHECKS = (
 FUNCTION_CHECKS = (*lint_states.FUNCTION_CHECKS, *lint_program.CHECKS)
 
 
-def lint_bundle(folder: Path, manifest: Mapping[str, Any], *, activations: bool = False) -> list[Finding]:
-    """Everything the rules hold against the packages of a bundle; errors first.
-
-    Args:
-        activations: also run the packages on the interpreter for a few tokens and one picture of each size, which
-            takes memory for the weights and some seconds per billion parameters.
+def lint_bundle(folder: Path, manifest: Mapping[str, Any]) -> list[Finding]:
+    """Everything the rules hold against the packages of a bundle; errors first. What they hold against values that
+    a run showed is in `lint_streams`.
 
     Raises:
-        ExportError: coremltools is not installed, or with `activations` a package cannot be run. What is wrong with a
-            package itself is a finding.
+        ExportError: coremltools is not installed. What is wrong with a package itself is a finding.
     """
     found = [finding for file in packages(manifest) for finding in lint_package_file(folder, file, manifest)]
     found += _findings(lint_package.compute_units(manifest), "manifest.json", "", manifest)
-    if activations and not any(finding.rule in ("readable", "known-operations") for finding in found):
-        from targets.to_coreml.lint_observe import observe
+    return ordered(found)
 
-        found += observed_findings(folder, manifest, observe(folder, manifest))
-    return sorted(found, key=lambda finding: (finding.severity, finding.file, finding.function, finding.rule))
+
+def ordered(findings: Iterable[Finding]) -> list[Finding]:
+    """Errors first, then by place."""
+    return sorted(findings, key=lambda finding: (finding.severity, finding.file, finding.function, finding.rule))
 
 
 def lint_package_file(folder: Path, file: str, manifest: Mapping[str, Any]) -> Iterator[Finding]:

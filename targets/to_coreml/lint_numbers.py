@@ -21,7 +21,7 @@ Stored: TypeAlias = "NDArray[Any] | BlobTensor"
 
 LARGEST = 65504.0
 """Of float16."""
-LARGE_WEIGHT, LARGE_ACTIVATION = LARGEST / 4, 32768.0
+LARGE_WEIGHT, LARGE_ACTIVATION = LARGEST / 4, LARGEST / 2
 BLOCK = 1 << 24
 """Elements looked at together."""
 INFINITE, SMALLEST_NORMAL, MAGNITUDE = 0x7C00, 0x0400, 0x7FFF
@@ -154,26 +154,32 @@ def _largest(weight: Weight) -> float:
 
 
 def activations(view: View, extremes: Mapping[str, Extremes]) -> Iterator[Hit]:
-    """What a run showed. Where a mask is carried, large negative values are meant."""
-    masked = _masked(view)
-    for operation in view.running:
-        seen = extremes.get(operation.name)
-        if seen is None:
-            continue
+    """What a run showed."""
+    for operation, seen, largest in reached(view, extremes):
         if seen.broken:
             text = (
-                f"({operation.type}) gave {seen.broken} infinite or undefined values in a short run: "
+                f"({operation.type}) gave {seen.broken} infinite or undefined values in a run: "
                 "scale its operands down, or compute it in float32"
             )
             yield Hit("activation-finite", operation.name, text)
             continue
-        largest = seen.highest if operation.name in masked else max(seen.highest, -seen.lowest)
         if seen.half and largest > LARGE_ACTIVATION:
             text = (
-                f"({operation.type}) reached {largest:.0f} in a short run, more than half of float16's {LARGEST:.0f}: "
+                f"({operation.type}) reached {largest:.0f} in a run, more than half of float16's {LARGEST:.0f}: "
                 "scale its operands down"
             )
             yield Hit("activation-range", operation.name, text)
+
+
+def reached(view: View, extremes: Mapping[str, Extremes]) -> Iterator[tuple[Operation, Extremes, float]]:
+    """Each operation that was seen, with the largest magnitude of what it gave and was finite. Where a mask is carried,
+    large negative values are meant and do not count.
+    """
+    masked = _masked(view)
+    for operation in view.running:
+        seen = extremes.get(operation.name)
+        if seen is not None:
+            yield operation, seen, seen.highest if operation.name in masked else max(seen.highest, -seen.lowest)
 
 
 def _masked(view: View) -> set[str]:

@@ -1,9 +1,9 @@
-"""Looking at every value of a short run of a bundle on the interpreter, for the linter."""
+"""Looking at every value that a bundle computes on the interpreter, in conversations with pictures, for the linter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from targets.base import Arrays, Session
+from export.chat.conversation import Contract, Conversation
+from targets.base import Prompt, Session
 from targets.to_coreml.session import CoreMLSession
 
 STEPS = 4
-"""Tokens decoded after the prompt."""
-SEED = 0
+"""Tokens decoded after a prompt."""
 
 
 @dataclass
@@ -72,8 +72,8 @@ class ObservedSession(CoreMLSession):
         super()._run_graph(stage, values)
 
 
-def observe(folder: Path, manifest: Mapping[str, Any], calls: Calls | None = None) -> Observed:
-    """Run a bundle and return the extremes of every result; `calls` defaults to `short_run`.
+def observe(folder: Path, manifest: Mapping[str, Any], calls: Calls) -> Observed:
+    """Run a bundle and return the extremes of every result.
 
     Raises:
         ExportError: a package cannot be read or run.
@@ -81,48 +81,28 @@ def observe(folder: Path, manifest: Mapping[str, Any], calls: Calls | None = Non
     observer = Observer()
     session = ObservedSession(folder, manifest, torch.get_num_threads(), observer)
     try:
-        (calls or short_run(manifest))(session)
+        calls(session)
     finally:
         session.close()
     return observer.observed
 
 
-def short_run(manifest: Mapping[str, Any]) -> Calls:
-    """One whole chunk of each prefill length that fits, a few tokens one by one, one picture of each size; all random
-    from a fixed seed.
+def conversations(
+    manifest: Mapping[str, Any], prompts: Sequence[Prompt], pictures: Sequence[NDArray[Any]] = ()
+) -> Calls:
+    """Every prompt as an app feeds it, with a few tokens of an answer; the first one also by each prefill length alone,
+    so that no function of a package goes unseen. Then the pictures [3, H, W] that stand in no prompt.
     """
+    contract = Contract.of(manifest)
 
     def calls(session: Session) -> None:
-        random = np.random.default_rng(SEED)
-        (width,) = {t["shape"][-1] for t in manifest["signatures"]["decode"]["inputs"] if t["name"] == "embeddings"}
-        rows = next(s["table"]["rows"] for s in manifest["signatures"]["embed"]["stages"] if "table" in s)
-        for height, breadth in manifest["image_sizes"]:
-            picture = random.random((1, 3, height, breadth), np.float32)
-            session.run(f"vision_{height}x{breadth}", {"image": picture})
-        start = 0
-        for tokens in (*_fitting(manifest), *[1] * STEPS):
-            if start + tokens > manifest["context_length"]:
-                break
-            ids = random.integers(0, rows, (1, tokens), np.int64)
-            embeddings = session.run("embed", {"input_ids": ids})["embeddings"].reshape(1, tokens, width)
-            positions = np.broadcast_to(np.arange(start, start + tokens, dtype=np.int32), (3, tokens)).copy()
-            inputs: Arrays = {
-                "embeddings": embeddings,
-                "position_ids": positions,
-                "start": np.array([start], np.int32),
-            }
-            if tokens > 1:
-                inputs["valid"] = np.array([tokens], np.int32)
-            session.run("decode" if tokens == 1 else f"prefill_{tokens}", inputs)
-            start += tokens
+        for place, prompt in enumerate(prompts):
+            images = [image.transpose(1, 2, 0) for image in prompt.images]
+            ways: list[tuple[int, ...]] = [(length,) for length in contract.prefill_lengths] if place == 0 else []
+            for lengths in ways or [contract.prefill_lengths]:
+                conversation = Conversation(session, replace(contract, prefill_lengths=lengths))
+                conversation.generate(prompt.ids, images, max_new_tokens=STEPS + 1, stop=())
+        for picture in pictures:
+            session.run(f"vision_{picture.shape[1]}x{picture.shape[2]}", {"image": picture[None]})
 
     return calls
-
-
-def _fitting(manifest: Mapping[str, Any]) -> Iterable[int]:
-    """Prefill lengths that leave room for the tokens after them, one after the other."""
-    room = manifest["context_length"] - STEPS
-    for tokens in sorted(manifest["prefill_lengths"]):
-        if tokens <= room:
-            room -= tokens
-            yield tokens

@@ -161,6 +161,6 @@ RULES: dict[str, Rule] = {
     "scale-range": _both(
         "warning", "IEEE 754 binary16: subnormals begin below 6.1e-5", "the weights of such a group are coarse or 0"
     ),
-    "activation-finite": _both("error", f"{ISSUES}2110", "seen in a short run; the answer is wrong from there on"),
-    "activation-range": _both("warning", f"{ISSUES}2110", "a factor of 2 from overflow in a short run; a long one may"),
+    "activation-finite": _both("error", f"{ISSUES}2110", "seen in a run; the answer is wrong from there on"),
+    "activation-range": _both("warning", f"{ISSUES}2110", "a factor of 2 from overflow in a run; a longer one may"),
 }  # fmt: skip

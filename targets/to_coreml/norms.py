@@ -1,7 +1,8 @@
 """Norms, in float32 inside or in float16 that cannot overflow.
 
 The Neural Engine has no float32. There a row is divided by its largest magnitude m first, so that its squares lie
-in 0…1 and their sum in 1…D: x / sqrt(sum(x²) f + eps) = y / sqrt(sum(y²) f + eps/m²) with y = x/m.
+in 0…1 and their sum in 1…D: x / sqrt(sum(x²) f + eps) = y / sqrt(sum(y²) f + eps/m²) with y = x/m. The mean of a layer
+norm is that of y too: the sum of a residual stream's row may lie beyond float16 where the row does not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from targets.to_coreml.lowering import Lowering, Value, operands, shape_of
 
 SMALLEST = 1e-3
 """What m is held above in float16: eps/m² must stay finite. Rows that small have no influence on anything."""
+UNITS = 2.0**-10
+"""eps is given in squares of a unit between this and twice this, which is where m begins: a number far from both ends
+of float16, whatever the eps of a scaled stream is."""
 
 
 def half(x: Any) -> Any:
@@ -36,16 +40,27 @@ def _normalised(low: Lowering, x: Any, axis: int, factor: float, eps: float) -> 
         if factor != 1.0:
             total = mb.mul(x=total, y=np.float32(factor))
         return half(mb.mul(x=wide, y=mb.rsqrt(x=total, epsilon=np.float32(eps))))
+    largest = _largest(x, axis)
+    return _half_normalised(mb.real_div(x=x, y=largest), largest, axis, factor, eps)
+
+
+def _largest(x: Any, axis: int) -> Any:
+    """The largest magnitude of each row of float16 numbers, at least `SMALLEST`."""
     largest = mb.reduce_max(x=mb.abs(x=x), axes=[axis], keep_dims=True)
-    largest = mb.maximum(x=largest, y=np.float16(SMALLEST))
-    scaled = mb.real_div(x=x, y=largest)
+    return mb.maximum(x=largest, y=np.float16(SMALLEST))
+
+
+def _half_normalised(scaled: Any, largest: Any, axis: int, factor: float, eps: float) -> Any:
+    """`_normalised` of scaled · largest, all in float16."""
     square = mb.mul(x=scaled, y=scaled)
     # Whatever constant is left afterwards is 1 or a power of two for widths that are: float16 holds it exactly.
-    reduce, divisor = (mb.reduce_sum, 1.0) if factor == 1.0 else (mb.reduce_mean, 1.0 / x.shape[axis])
+    reduce, divisor = (mb.reduce_sum, 1.0) if factor == 1.0 else (mb.reduce_mean, 1.0 / scaled.shape[axis])
     total = reduce(x=square, axes=[axis], keep_dims=True)
     rest = factor / divisor
-    a, b = (mb.real_div(x=part, y=largest) for part in _factors(eps / rest))
-    inverse = mb.rsqrt(x=mb.add(x=total, y=mb.mul(x=a, y=b)), epsilon=np.float16(0))
+    unit, count = _units(eps / rest)
+    part = mb.real_div(x=unit, y=largest)
+    small = mb.mul(x=mb.mul(x=part, y=part), y=count)
+    inverse = mb.rsqrt(x=mb.add(x=total, y=small), epsilon=np.float16(0))
     y = mb.mul(x=scaled, y=inverse)
     return y if abs(rest - 1.0) < 1e-6 else mb.mul(x=y, y=np.float16(rest**-0.5))
 
@@ -56,6 +71,14 @@ def scaled(x: Any, value: float) -> Any:
         return mb.mul(x=x, y=np.float16(value))
     first, second = _factors(value)
     return mb.mul(x=mb.mul(x=x, y=first), y=second)
+
+
+def _units(eps: float) -> tuple[np.float16, np.float16]:
+    """A unit and how many of its squares make eps, to 1e-6: one float16 number would be off by as much as 5e-4."""
+    units = (np.arange(1024) / 1024 + 1) * UNITS
+    counts = (eps / units**2).astype(np.float16)
+    best = np.argmin(np.abs(counts.astype(np.float64) * units**2 - eps))
+    return np.float16(units[best]), np.float16(counts[best])
 
 
 def _factors(value: float) -> tuple[np.float16, np.float16]:
@@ -106,7 +129,9 @@ def layer_norm(low: Lowering, node: Node) -> None:
         mean = mb.mul(x=total, y=np.float32(1 / x.shape[axis]))
         y = half(mb.mul(x=centred, y=mb.rsqrt(x=mean, epsilon=np.float32(eps))))
     else:
-        centred = mb.sub(x=x, y=mb.reduce_mean(x=x, axes=[axis], keep_dims=True))
-        y = _normalised(low, centred, axis, 1 / x.shape[axis], eps)
+        largest = _largest(x, axis)
+        part = mb.real_div(x=x, y=largest)
+        centred = mb.sub(x=part, y=mb.reduce_mean(x=part, axes=[axis], keep_dims=True))
+        y = _half_normalised(centred, largest, axis, 1 / x.shape[axis], eps)
     y = mb.mul(x=y, y=low.over_features(weight))
     low.define(node, mb.add(x=y, y=low.over_features(bias)))

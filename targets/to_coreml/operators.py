@@ -20,6 +20,8 @@ from targets.to_coreml.lowering import Lowering, Value, identifier, ints, operan
 from targets.to_coreml.norms import half
 
 Emitter = Callable[[Lowering, Node], None]
+STREAM = "stream_"
+"""Begins the name of an operation that writes into a residual stream; see `lint_streams`."""
 
 
 def _getitem(low: Lowering, node: Node) -> None:
@@ -52,9 +54,25 @@ def _same(low: Lowering, node: Node) -> None:
 def _binary(build: Callable[..., Any]) -> Emitter:
     def emit(low: Lowering, node: Node) -> None:
         a, b = operands(node)
-        low.define(node, build(x=low.rows(a), y=low.rows(b)))
+        y = low.rows(b) if isinstance(b, Node) else _number(b)
+        low.define(node, build(x=low.rows(a), y=y))
 
     return emit
+
+
+def _add(low: Lowering, node: Node) -> None:
+    """Every sum of the model writes into a residual stream. It is named after its writer, for who looks at values."""
+    a, b = operands(node)
+    (*_, (path, _)) = b.meta["nn_module_stack"].values()
+    low.define(node, mb.add(x=low.rows(a), y=low.rows(b), name=STREAM + identifier(path)))
+
+
+def _number(value: float) -> Any:
+    """A factor of the traced program, which float16 must hold: the scale of a residual stream is a power of two."""
+    number = np.float16(value)
+    if float(number) != value:
+        raise ValueError(f"coreml cannot multiply by {value!r}: float16 holds {float(number)!r} in its place")
+    return number
 
 
 def _unary(build: Callable[..., Any]) -> Emitter:
@@ -161,7 +179,7 @@ EMITTERS: dict[str, Emitter] = {
     "aten.squeeze.dim": _same,
     "aten.unsqueeze.default": _same,
     "aten.transpose.int": _same,
-    "aten.add.Tensor": _binary(mb.add),
+    "aten.add.Tensor": _add,
     "aten.mul.Tensor": _binary(mb.mul),
     "aten.sigmoid.default": _unary(mb.sigmoid),
     "aten.silu.default": _unary(mb.silu),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from targets.base import Capabilities, Finding, Job, Lowered, OperatorTime, Rows, Session
+from targets.base import Activations, Capabilities, Finding, Job, Lowered, OperatorTime, Prompt, Rows, Session
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -81,9 +81,16 @@ class ExecuTorchTarget:
 
         return decode_bytes(folder, manifest)
 
-    def lint(
-        self, folder: Path, manifest: Mapping[str, Any], *, activations: bool = False
-    ) -> list[Finding] | None:
+    def lint(self, folder: Path, manifest: Mapping[str, Any]) -> list[Finding] | None:
+        return None
+
+    def observe(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        prompts: Sequence[Prompt],
+        pictures: Sequence[NDArray[Any]] = (),
+    ) -> Activations | None:
         return None
 
 
