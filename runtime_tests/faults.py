@@ -33,6 +33,22 @@ def both(*patchers: Patcher) -> Patcher:
     return patch
 
 
+def lost_between_chunks(session: Any, kind: str) -> Patcher:
+    """States whose names begin with `kind` are zeros before every chunk of a session class that keeps them in place."""
+
+    def make(right: Any) -> Any:
+        def run(self: Any, signature: str, inputs: Any) -> Any:
+            if signature.startswith("prefill"):
+                for name, state in self.states().items():
+                    if name.startswith(kind):
+                        state[...] = 0
+            return right(self, signature, inputs)
+
+        return run
+
+    return replaced(session, "run", make)
+
+
 def first_answer(right: Any) -> Any:
     """Tables of the first image size, whatever the size."""
     known: list[Any] = []

@@ -15,6 +15,7 @@ from export.sizes import shipped_tiny
 from export.validate import judge, transformers_model
 from export.validate.amounts import Amounts
 from export.validate.scores import Scores
+from runtime_tests.faults import lost_between_chunks
 from targets.to_onnx.session import OnnxSession
 
 pytestmark = pytest.mark.usefixtures("one_thread", "judged_once", "compared_once")
@@ -122,16 +123,7 @@ def test_garbage_fails(fault: str, bundle: Path, source: Path, monkeypatch: pyte
 def test_a_state_lost_between_chunks_shows_in_the_answers(
     kind: str, bundle: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = OnnxSession.run
-
-    def run(self: OnnxSession, signature: str, inputs: Any) -> Any:
-        if signature.startswith("prefill"):
-            for name, state in self.states().items():
-                if name.startswith(kind):
-                    state[...] = 0
-        return right(self, signature, inputs)
-
-    monkeypatch.setattr(OnnxSession, "run", run)
+    lost_between_chunks(OnnxSession, kind)(monkeypatch)
     code, rung = climbed(bundle, source, monkeypatch)
     assert code == 3
     assert failing(rung) & {"own_kl", "given_kl"}, by_name(rung)["L3.own_kl"]

@@ -11,6 +11,7 @@ import pytest
 
 from export.__main__ import main
 from export.validate.gates import GATES, RECORDED, UnknownCheckError, failed, gated, recorded
+from runtime_tests.faults import lost_between_chunks
 from targets.to_onnx.session import OnnxSession
 
 # The bundle's session is at fault in this file: the other side of each comparison is the same for all tests.
@@ -105,16 +106,7 @@ def test_a_state_that_fades_is_caught_by_drift(bundle: Path, monkeypatch: pytest
 def test_a_bundle_that_loses_a_state_between_chunks_fails_its_task(
     kind: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = OnnxSession.run
-
-    def run(self: OnnxSession, signature: str, inputs: Any) -> Any:
-        if signature.startswith("prefill"):
-            for name, state in self.states().items():
-                if name.startswith(kind):
-                    state[...] = 0
-        return right(self, signature, inputs)
-
-    monkeypatch.setattr(OnnxSession, "run", run)
+    lost_between_chunks(OnnxSession, kind)(monkeypatch)
     code, checks = quality(bundle)
     assert code == 3
     assert checks["L3.task_drop"]["status"] == "FAIL"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from export.chat.conversation import Contract
 from export.chat.template import encode, has_template, load_tokenizer, render
+from export.validate.chats import expand
 from export.validate.probe import picture
 
 QUESTION = "What is written here, in which colours, and how many letters are there? Answer in one sentence."
@@ -50,7 +51,6 @@ def examples(folder: Path, manifest: Mapping[str, Any]) -> list[Example]:
     for height, width in contract.image_sizes if contract.takes_pictures else ():
         content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
         ids = render(tokenizer, [{"role": "user", "content": content}])
-        count = height * width // contract.pixels_per_token**2
-        expanded = [i for place in ids for i in [place] * (count if place == contract.image_token_id else 1)]
-        found.append(Example(expanded, [picture(random, height, width)]))
+        image = picture(random, height, width)
+        found.append(Example(expand(ids, [image], contract), [image]))
     return [each for each in found if len(each.ids) < contract.context_length]

@@ -246,12 +246,9 @@ def row(manifest: Mapping[str, Any], floats: str) -> str:
     """Which row of the gates a bundle is held to, by its manifest alone: that of the narrowest weights, or of the
     runtime's activations where nothing is quantised. See `ladder.quality`, which looks at the weights.
     """
-    bits = min(setting.bits if setting.quantised else 32 for _, setting in _recipe(manifest).entries())
+    entries = Recipe.from_manifest(manifest["quantization"]).entries()
+    bits = min(setting.bits if setting.quantised else 32 for _, setting in entries)
     return "int4" if bits <= 4 else "int8" if bits <= 8 else "fp32" if floats == "float32" else "fp16"
-
-
-def _recipe(manifest: Mapping[str, Any]) -> Recipe:
-    return Recipe.from_manifest(manifest["quantization"])
 
 
 def hold(golden: Golden, folder: Path, manifest: dict[str, Any], target: Target, threads: int) -> Rung:
