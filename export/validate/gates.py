@@ -27,6 +27,8 @@ class Gate:
     limit: float
     reason: str
     at_least: bool = False
+    in_roundings: bool = False
+    """The limit counts the rounding that was measured on the checkpoint (`export.validate.rounding`)."""
 
     def passes(self, value: float) -> bool:
         if math.isnan(value):
