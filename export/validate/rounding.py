@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from export.checkpoint.weights import Weights
+from export.model import state
 from export.validate import metrics, reference
 from export.validate.replay import state_errors
 
@@ -49,7 +50,7 @@ def measure(weights: Weights, rows: NDArray[np.float32], position_ids: NDArray[n
     rounding of sums, which cuts change little.
     """
     tokens = len(rows)
-    given = weights, rows, position_ids, [(tokens, tokens)], tokens
+    given = weights, rows, position_ids, [(tokens, tokens)], state.cache_rows(tokens, (tokens,))
     logits, states = reference.own_sequence(*given)
     true_logits, true_states = reference.own_sequence(*given, torch.float64)
     errors = state_errors(weights.config, true_states, states, tokens)
