@@ -532,10 +532,10 @@ L1: dict[str, Fault] = {
     ),
     "series of the softplus cut short": fault(softplus(short_series), quick=True, **ANE),
     "eps of the float16 norms left out": fault(
-        replaced(norms, "_factors", lambda right: lambda value: (np.float16(0), np.float16(0))), quick=True, **ANE
+        replaced(norms, "_units", lambda right: lambda value: (np.float16(0), np.float16(0))), quick=True, **ANE
     ),
-    "eps of the float16 norms not divided by the square": fault(
-        replaced(norms, "_factors", lambda right: lambda value: (np.float16(value**0.5), np.float16(0))), **ANE
+    "eps of the float16 norms sixteen times too large": fault(
+        replaced(norms, "_units", lambda right: lambda value: right(16 * value)), **ANE
     ),
     "rows of zeros divided by zero": fault(replaced(norms, "SMALLEST", lambda right: 0.0), **ANE),
     "patches merged along the wrong axis": fault(

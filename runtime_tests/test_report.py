@@ -6,8 +6,10 @@ import copy
 import functools
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from export.checkpoint.weights import parameters
@@ -16,7 +18,9 @@ from export.report import card, comparison, facts, page, plots
 from export.report.verdict import verdict
 from export.report.words import UNKNOWN, WORDS, words
 from export.sizes import SIZES
-from export.validate import work
+from export.validate import answers, work
+from export.validate.chats import Chat
+from export.validate.dialogues import Dialogue
 from export.validate.gates import GATES, RECORDED
 from runtime_tests.reports import ANSWERS, Seen, manifest, report, spoil
 
@@ -109,7 +113,7 @@ def verdict_of(kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        ("passed", r"PASS Accepted: all 19 gates passed; .* as int4 is held to\. .* in 93\.0% of the places\."),
+        ("passed", r"PASS Accepted: all 19 gates passed; .* as int4 is held to\. .* in 93\.0 % of the places\."),
         ("emulated", r"PASS Accepted: all 19 gates passed on an emulation of the runtime; the bundle"),
         ("unknown", r"PASS Accepted: all 19 gates passed on the runtime or an emulation, which the report does"),
         ("failed", r"FAIL Rejected: 1 of 19 gates failed \(L3\.kl_mean\)\. Do not ship"),
@@ -303,3 +307,23 @@ def test_the_comparison_names_the_smallest_and_the_closest() -> None:
     assert [text for level, text in seen.headings if level == 2][:3] == [
         "The bundles", "On this host", "L0: Is our model the original?",
     ]  # fmt: skip
+
+
+def test_answers_are_told_in_words_the_surest_first() -> None:
+    """0 stops; the reference is silent at the second question, and surest at the third."""
+
+    def dialogue(question: str, answer: list[int], images: list[Any]) -> Any:
+        chat = Chat("", [9], images, question=question)
+        return Dialogue(chat, [9, *answer], list(range(len(answer))), np.zeros((1, 1), np.float32))
+
+    asked = ("first?", "second?", "third?")
+    own = [dialogue(q, [3, 0, 5], [np.zeros(1)] if q == "third?" else []) for q in asked]
+    given = [dialogue(q, answer, []) for q, answer in zip(asked, ([4, 0], [0], [5, 6]), strict=True)]
+    scored: Any = [SimpleNamespace(certainty=each) for each in (0.5, 0.9, 0.7)]
+    case: Any = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    contract: Any = SimpleNamespace(stop_token_ids=[0])
+    assert answers.in_words(case, contract, own, given, scored) == [
+        {"question": "third?", "picture": True, "reference": "5 6", "bundle": "3"},
+        {"question": "first?", "picture": False, "reference": "4", "bundle": "3"},
+    ]
+    assert answers.in_words(cast(Any, SimpleNamespace(decode=None)), contract, own, given, scored) == []

@@ -31,7 +31,8 @@ STYLE += """ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; marg
  td, th { padding: .4rem .6rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
  th:first-child { padding-left: 0 } tbody th { font-weight: 400 } thead th { font-size: .875rem }
  .facts th { font-weight: 600; width: 9rem } .n { text-align: right; font-variant-numeric: tabular-nums }
- td.n, td.g { overflow-wrap: normal } .compared { table-layout: fixed; min-width: 34rem }
+ td.n, td.g { white-space: nowrap } .compared td.n { white-space: normal }
+ .compared { table-layout: fixed; min-width: 34rem }
  .bar { display: block; height: .7rem; min-width: 1px; background: var(--c0) }
  figure { margin: 1.5rem 0 } figcaption { color: var(--soft); font-size: .875rem }
  .plot { overflow-x: auto } svg { display: block; width: 100%; min-width: 38rem; height: auto }

@@ -55,7 +55,7 @@ def verdict(manifest: dict[str, Any], report: dict[str, Any] | None) -> Verdict:
             "answers: how close they come to the original is recorded without a gate."
         )
     agree = value(report, "L3", "L3.top1")
-    close = f" It prefers the same next token as the original in {agree:.1%} of the places." if agree else ""
+    close = f" It prefers the same next token as the original in {100 * agree:.1f} % of the places." if agree else ""
     recipe = manifest["quantization"]["recipe"]
     return Verdict(
         PASS, "Accepted", f"{passed}{where}; the bundle answers like the original, as closely as {recipe} is held "

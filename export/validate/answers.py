@@ -86,10 +86,29 @@ def own_answers(
             recorded("L3.given_positions", len(joined)),
             gated("L3.reference_agrees", ours.top1, enforced=case.gate_quality),
         ]
+        series["answers"] = in_words(case, contract, own, given, scored)
         series["given_kl"] = [s.kl_mean for s in scored]
         amount += f" and {len(joined):,} of the reference's"
     notes += [f"L3 scored {amount}; how many is decided by the size of the model (export/validate/amounts.py).", note]
     return checks
+
+
+def in_words(
+    case: Case, contract: Contract, own: Sequence[Dialogue], given: Sequence[Dialogue], scored: Sequence[Scores]
+) -> list[dict[str, Any]]:
+    """Each question with the first answer of the reference and the bundle, the one that the reference is surest of on
+    top (`scored` are of its answers). Questions to which it answers nothing are left out.
+    """
+    if case.decode is None:
+        return []
+    surest = sorted(zip(scored, own, given, strict=True), key=lambda each: -each[0].certainty)
+    answers = []
+    for _, ours, theirs in surest:
+        bundle, original = (case.decode(each.first_answer(contract.stop_token_ids)).strip() for each in (ours, theirs))
+        if original:
+            asked = {"question": ours.chat.question, "picture": bool(ours.chat.images)}
+            answers.append({**asked, "reference": original, "bundle": bundle})
+    return answers
 
 
 def score(

@@ -80,6 +80,8 @@ class Case:
     """Whether that text is of the checkpoint's own task. It judges, though only the answers in it were ever learned."""
     chats: list[Chat] = field(default_factory=list)
     """Conversations that L3 has answered."""
+    decode: Callable[[Sequence[int]], str] | None = None
+    """Token ids in words, for the report; None: it shows no answers."""
     known: Known = field(default_factory=dict)
     """Shared by the cases of several bundles of one checkpoint."""
 

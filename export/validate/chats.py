@@ -38,6 +38,8 @@ class Chat:
     """Turns of the user that follow short answers: token ids from behind an answer up to the next one. The first of
     them is that of the end of a turn, which an answer that stops ends with itself.
     """
+    question: str = ""
+    """What the user asks, in words, for the report."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ def load(tokenizer: Any, contract: Contract, pictures: Sequence[NDArray[np.float
     """The first `count` conversations that can be asked, with `pictures` [3, H, W] for their places, in turn."""
     found = Chats([])
     if not has_template(tokenizer):
-        asked = (Chat(f"passage {n}", encode(tokenizer, text.strip())) for n, text in enumerate(passages()))
+        texts = [text.strip() for text in passages()]
+        asked = (Chat(f"passage {n}", encode(tokenizer, text), question=text) for n, text in enumerate(texts))
         return Chats([c for c in asked if len(c.ids) <= contract.context_length // PROMPT_SHARE][:count])
     tools = json.loads((DATA / "tools.json").read_text(encoding="utf-8"))
     for entry in json.loads((DATA / "chats.json").read_text(encoding="utf-8")):
@@ -87,7 +90,8 @@ def load(tokenizer: Any, contract: Contract, pictures: Sequence[NDArray[np.float
             found.long.append(name)
         elif len(found.asked) < count:
             questions = [*entry.get("further", ()), *sums(len(found.asked))]
-            found.asked.append(Chat(name, ids, images, further_turns(tokenizer, questions)))
+            further = further_turns(tokenizer, questions)
+            found.asked.append(Chat(name, ids, images, further, _question(entry["messages"])))
     return found
 
 
@@ -123,6 +127,13 @@ def expand(ids: Sequence[int], images: Sequence[NDArray[Any]], contract: Contrac
     for token in ids:
         expanded += [token] * (next(counts) if token == contract.image_token_id else 1)
     return expanded
+
+
+def _question(messages: Sequence[dict[str, Any]]) -> str:
+    """The text of the user's turns, one a line; what was answered and what tools said is left out."""
+    contents = [m["content"] for m in messages if m["role"] == "user"]
+    texts = [c if isinstance(c, str) else " ".join(i["text"] for i in c if i["type"] == "text") for c in contents]
+    return "\n".join(texts)
 
 
 def _places(messages: Sequence[dict[str, Any]]) -> int:

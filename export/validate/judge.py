@@ -84,6 +84,7 @@ def judge(
         case.text = texts.text(tokenizer)
         found = chats.load(tokenizer, Contract.of(manifest), case.pictures_in_chats, amounts.chats)
         case.chats, refused = found.asked, found.notes
+        case.decode = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
         skills = _skills(checkpoint, config, manifest)
         if skills:
             case.task = lambda generate: task.evaluate(generate, tokenizer, tasks=skills)
