@@ -11,6 +11,7 @@ import pytest
 
 from export.__main__ import main
 from export.validate.gates import FLOOR, GATES, RECORDED, UnknownCheckError, failed, gated, recorded
+from runtime_tests import checklists
 from targets.to_onnx.session import OnnxSession
 
 # The bundle's session is at fault in this file: the other side of each comparison is the same for all tests.
@@ -96,6 +97,8 @@ def test_the_default_recipe_passes(bundle: Path) -> None:
     assert {f"L3.{name}" for name in QUALITY} <= set(checks)
     assert [c for c in checks.values() if c["status"] == "FAIL"] == []
     assert checks["L3.task_drop"]["limit"] == 3.0
+    report = json.loads((bundle.parent / "report.json").read_text(encoding="utf-8"))
+    checklists.hold(report, "text", "drift", "chats", "task", learned=True)
 
 
 def test_a_state_that_fades_is_caught_by_drift(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

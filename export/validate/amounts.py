@@ -1,14 +1,8 @@
 """How much a bundle is judged on: the written rule, by the size of the model.
 
-<<<<<<< HEAD
-The fewer tokens, the larger the model, so that a validated export ends in minutes: 0.8B within 8 on ONNX and
-ExecuTorch and 20 on emulated Core ML, 2B within 20 and 45. What a token costs is the weights of the decoder with the
-rows of its head, read once: on the host for decode steps of the bundle, in float32 for the reference.
-=======
 The larger the model, the fewer tokens, so that a validated export ends in minutes: 0.8B within 8 on ONNX and ExecuTorch
 and 20 on emulated Core ML, 2B within 20 and 45. What a token costs is the weights of the decoder with the rows of its
 head, read once: on the host for decode steps of the bundle, in float32 for the reference.
->>>>>>> probe
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def _l0(case: Case) -> Rung:
     units = [unit.largest]
     if case.pictures:
         ours = [reference.own_vision(case.weights, each) for each in case.pictures]
-        units.append(rounding.of_pictures(case.weights, case.pictures))
+        units.append(rounding.of_pictures(case.weights, case.pictures, ours))
         checks.append(gated("L0.vision", worst(case.true_pictures, ours), rounding=units[-1]))
         # Fewer than two where the context is too short for them: then no rung saw what a picture leaves behind.
         checks.append(recorded("L0.pictures_in_text", len(images)))

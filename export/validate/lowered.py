@@ -195,7 +195,7 @@ def compare_lowered(
     if pictures:
         ours = [reference.own_vision(weights, each) for each in pictures]
         found = worst(ours, image_embeddings(session, pictures))
-        checks.append(check("vision", found, rounding.of_pictures(weights, pictures) if unit else None))
+        checks.append(check("vision", found, rounding.of_pictures(weights, pictures, ours) if unit else None))
     series = {"states": errors, "logits": _row_errors(expected[ends], logits), "rows": ends}
     return Rung("L1", checks, series)
 

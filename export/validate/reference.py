@@ -176,11 +176,13 @@ def own_sequence(
     plan: Sequence[tuple[int | None, int]],
     cache_rows: int,
     dtype: torch.dtype = torch.float32,
+    last: int = 0,
 ) -> tuple[NDArray[np.float32], Arrays]:
     """Our modules over the same sequence, by padded chunks and single steps as `plan` says, computed in `dtype`.
 
     Returns:
-        logits [T, V] and the final states, KV caches with all their `cache_rows` rows.
+        logits [T, V], or those of the `last` tokens alone, and the final states, KV caches with all their `cache_rows`
+        rows.
     """
     config = weights.config
     hidden = torch.from_numpy(rows).to(dtype)
@@ -206,7 +208,7 @@ def own_sequence(
         hidden = torch.cat(outputs)
         states |= {s.name: t.numpy() for s, t in zip(layout, current, strict=True)}
     norm = weights.tensor("decoder.norm.weight").to(dtype)
-    normed = ops.rms_norm(hidden, norm, config.text.stream_eps)
+    normed = ops.rms_norm(hidden[-last:], norm, config.text.stream_eps)
     if config.text.head_basis:
         normed = normed @ weights.tensor(HEAD_BASIS).to(dtype).T
     return head_logits(partial(weights.rows, "decoder.head.weight"), config, normed), states
