@@ -64,17 +64,23 @@ def ordered(random: np.random.Generator) -> Sample:
 
 
 def recall(random: np.random.Generator) -> Sample:
-    """Two to five letters with a digit each; the digits of one or two."""
-    keys = random.permutation(list(CAPITALS))[: int(random.integers(2, 6))]
-    pairs = [f"{key}{value}" for key, value in zip(keys, random.integers(0, 10, len(keys)), strict=True)]
-    asked = random.permutation(pairs)[: int(random.integers(1, 3))]
-    return ask(f"Keep {' '.join(pairs)}. Find {' '.join(pair[0] for pair in asked)}.", " ".join(asked))
+    """Two to five letters with a colour each; one of them. The answer is that of "ink", from text instead."""
+    letters = random.permutation(list(CAPITALS))[: int(random.integers(2, 6))]
+    story = [f"{letter} is {random.choice(list(INKS))}" for letter in letters]
+    asked = int(random.integers(len(letters)))
+    return ask(f"{'. '.join(story)}. What colour is {letters[asked]}?", story[asked])
 
 
 def repeat(random: np.random.Generator) -> Sample:
     """Three to seven letters."""
     letters = " ".join(random.permutation(list(CAPITALS))[: int(random.integers(3, 8))])
     return ask(f"Repeat {letters}.", letters)
+
+
+def alphabet(random: np.random.Generator) -> Sample:
+    """Three to six letters in order."""
+    letters = random.permutation(list(CAPITALS))[: int(random.integers(3, 7))]
+    return ask(f"Order {' '.join(letters)}.", " ".join(sorted(letters)))
 
 
 def colours(random: np.random.Generator) -> Sample:
@@ -133,7 +139,7 @@ def pictured(task: str) -> Draw:
 
 TASKS: dict[str, dict[str, Draw]] = {
     "text": {"reverse": reverse, "sort": ordered},
-    "wide": {"recall": recall, "repeat": repeat},
+    "wide": {"repeat": repeat, "order": alphabet},
     "untied": {"colours": colours, "words": words},
     "heads": {"read": pictured("read"), "ink": pictured("ink"), "recall": recall},
 }

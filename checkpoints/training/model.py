@@ -81,7 +81,7 @@ class Forward(nn.Module):
         if images is not None:
             with torch.set_grad_enabled(self.vision_trains and torch.is_grad_enabled()):
                 encoded = vision(images)
-            rows = rows.masked_scatter((ids == self.model.config.image_token_id).unsqueeze(-1), encoded)
+            rows = rows.masked_scatter((ids == self.model.config.image_token_id).unsqueeze(-1), encoded.to(rows.dtype))
         count = ids.shape[1]
         states = [
             torch.zeros(len(ids), *s.shape) for s in state.layout(text, count)

@@ -76,7 +76,7 @@ RECIPES: dict[str, Recipe] = {
         cycles=(450,),
     ),
     "wide": Recipe(
-        "hidden size 512, so that groups of 32, 64 and 128 differ; it recalls and repeats",
+        "hidden size 512, so that groups of 32, 64 and 128 differ; it repeats and orders letters",
         {
             "hidden_size": 512, "intermediate_size": 128, "layer_types": [LINEAR, FULL, FULL],
             "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 32,
@@ -85,8 +85,7 @@ RECIPES: dict[str, Recipe] = {
         },
         rows=320,
         rotated=0.5,
-        cycles=(600, 600),
-        words=("Keep", " Find", "Repeat", *_spaced(small_tasks.CAPITALS)),
+        words=("Order", "Repeat", *_spaced(small_tasks.CAPITALS)),
     ),
     "untied": Recipe(
         "a head of its own, and a vocabulary of another size with other ids; it answers in words",
@@ -115,9 +114,10 @@ RECIPES: dict[str, Recipe] = {
             "linear_key_head_dim": 32, "linear_value_head_dim": 32,
         },
         rows=352,
-        words=("Read", "What colour is", "Keep", " Find", *_spaced(small_tasks.CAPITALS), *_spaced("TUX"),
+        words=("Read", "What colour is", " What colour is", *_spaced(small_tasks.CAPITALS), *_spaced("TUX"),
                *_spaced(tuple(small_tasks.INKS))),
         vision={"depth": 2, "hidden_size": 96, "intermediate_size": 192, "num_heads": 3},
         vision_steps=300,
+        cycles=(600, 600, 600),
     ),
 }  # fmt: skip

@@ -1,8 +1,8 @@
 """Trains a small checkpoint (checkpoints/small/NAME) by its recipe. Resumable.
 
 An encoder learns alone first, to name glyph and colour of each image token by two throw-away heads, and rests then.
-The decoder learns all its tasks in chat form, and stops when no held-out answer is
-wrong. Matrices are stepped by Muon, everything else by AdamW.
+The decoder learns all its tasks in chat form, and stops when no held-out answer was
+wrong twice. Matrices are stepped by Muon, everything else by AdamW.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ WARM = 30
 """Steps in which the rate rises."""
 DENSE = 0.6
 """Share of the first cycle in which two of three batches bring questions without the frame of a chat, and so more."""
+LEAST_SHARE = 0.1
+"""Of a task without errors, in later cycles."""
 LENGTHS = {True: 64, False: 96}
 """Tokens of a row, dense and in chat form."""
 CHECKED = 128
@@ -119,11 +121,15 @@ class Trainer:
         """A batch about pictures or without them."""
         step = self.step - self.recipe.vision_steps
         dense = step < DENSE * self.recipe.cycles[0] and step % 3 > 0
-        tasks = list(self.data.tasks)
+        tasks, shares = list(self.data.tasks), None
         pictures = [task for task in tasks if task in PICTURES]
-        others = [task for task in tasks if task not in PICTURES]
-        chosen = pictures if pictures and random.random() < 0.6 else others
-        return self.data.batch(chosen, random, self.recipe.batch, LENGTHS[dense], dense)
+        if pictures:
+            seen = bool(random.random() < len(pictures) / len(tasks))
+            tasks = [task for task in tasks if (task in PICTURES) == seen]
+        if step >= self.recipe.cycles[0]:  # later cycles are about what went wrong
+            wrong = np.array([LEAST_SHARE + 1 - self.told()[-1]["exact"][task] for task in tasks])
+            shares = wrong / wrong.sum()
+        return self.data.batch(tasks, random, self.recipe.batch, LENGTHS[dense], dense, shares)
 
     def loss(self, random: np.random.Generator) -> Tensor:
         if self.step < self.recipe.vision_steps:
@@ -195,11 +201,15 @@ class Trainer:
             self.card()
 
     def learned(self) -> bool:
-        """Whether no held-out answer was wrong in the last line of the log."""
-        if self.step <= self.recipe.vision_steps or self.step % EVERY:
+        """Whether no held-out answer was wrong in the last two lines of the log."""
+        if self.step < self.recipe.vision_steps + 2 * EVERY or self.step % EVERY:
             return False
-        line = json.loads((self.output / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        return bool(min(line["exact"].values()) == 1.0)
+        return all(min(line["exact"].values()) == 1.0 for line in self.told()[-2:])
+
+    def told(self) -> list[dict[str, Any]]:
+        """The lines of the log."""
+        text = (self.output / "log.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
 
     def card(self) -> None:
         """Write README.md with the accuracy of the saved weights, answering token by token in float32."""

@@ -15,7 +15,7 @@ from export.model.positions import PositionCounter
 from runtime_tests import small_tasks
 
 MARK = "MARK"
-PICTURES = ("read", "ink")
+PICTURES = frozenset({"read", "ink"})
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,18 @@ class Data:
         return asked + told, [-100] * len(asked) + told
 
     def batch(
-        self, tasks: list[str], random: np.random.Generator, count: int, length: int, dense: bool = False
+        self,
+        tasks: list[str],
+        random: np.random.Generator,
+        count: int,
+        length: int,
+        dense: bool = False,
+        shares: Any = None,
     ) -> Batch:
-        """Rows of at most `length` tokens (one turn at least): all about pictures, a picture a row, or none of them."""
+        """Rows of at most `length` tokens (one turn at least): all about pictures, a picture a row, or none of them.
+
+        `shares`: how often each task is drawn, all alike by default; the sum is 1.
+        """
         size = small_tasks.IMAGE_SIZES[int(random.integers(len(small_tasks.IMAGE_SIZES)))]
         grid = (size[0] // 32, size[1] // 32)
         rows, pictures = [], []
@@ -70,11 +79,11 @@ class Data:
             ids: list[int] = []
             goals: list[int] = []
             found: small_tasks.Cells = []
-            if tasks[0] in PICTURES:
+            if PICTURES.issuperset(tasks):
                 picture, found = small_tasks.cells(random, size)
                 pictures.append(picture)
             while True:
-                task = str(random.choice(tasks))
+                task = str(random.choice(tasks, p=shares))
                 if found:
                     question, answer = small_tasks.about(task, found, random)
                 else:
