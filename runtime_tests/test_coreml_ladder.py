@@ -27,6 +27,7 @@ from export.validate.amounts import Amounts
 from export.validate.case import Case
 from export.validate.ladder import l3
 from export.validate.probe import make_probe
+from runtime_tests import checklists
 from runtime_tests.conftest import MemoryCheckpoint, build, variant
 from targets import load_target
 from targets.base import Activations, Finding, Target
@@ -128,6 +129,11 @@ def test_every_rung_passes(report: dict[str, Any]) -> None:
     assert quality["L3.kl_mean"]["status"] == "RECORDED", "the weights are random"
     assert 0 < quality["L3.kl_mean"]["value"] < quality["L3.kl_mean"]["limit"]
     assert quality["L3.vision"]["value"] < quality["L3.vision"]["limit"]
+
+
+def test_every_check_is_on_the_lists(report: dict[str, Any]) -> None:
+    has = ("float16", "pictures", "calls that end in pictures", "drift", "layouts", "observed")
+    checklists.hold(report, *has, *(("stress",) if sys.platform != "darwin" else ()), learned=False)
 
 
 def test_the_drift_says_over_how_many_steps(report: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from export.__main__ import main
-from export.validate.gates import GATES, RECORDED, UnknownCheckError, failed, gated, recorded
+from export.validate.gates import FLOOR, GATES, RECORDED, UnknownCheckError, failed, gated, recorded
+from runtime_tests import checklists
 from runtime_tests.faults import lost_between_chunks
 from targets.to_onnx.session import OnnxSession
 
@@ -26,11 +27,12 @@ Checks = dict[str, dict[str, Any]]
 def test_every_gate_has_a_reason_and_rejects(name: str) -> None:
     gate = GATES[name]
     worse = -1e-9 if gate.at_least else 1e-9
+    one = 1.0 if gate.in_roundings else None
     assert len(gate.reason) > 10
-    assert gated(name, gate.limit).status == "PASS"
-    assert gated(name, gate.limit + worse).status == "FAIL"
-    assert gated(name, float("nan")).status == "FAIL"
-    assert not failed([gated(name, gate.limit + worse, enforced=False)])
+    assert gated(name, gate.limit, rounding=one).status == "PASS"
+    assert gated(name, gate.limit + worse, rounding=one).status == "FAIL"
+    assert gated(name, float("nan"), rounding=one).status == "FAIL"
+    assert not failed([gated(name, gate.limit + worse, enforced=False, rounding=one)])
 
 
 def test_a_check_of_an_unknown_name_is_an_error() -> None:
@@ -50,11 +52,24 @@ def test_a_check_of_an_unknown_name_is_an_error() -> None:
 
 
 def test_rounding_may_add_up_over_layers() -> None:
-    limit = GATES["L0.states"].limit
-    deep = gated("L0.states", 2.9 * limit, layers=24)
+    limit = GATES["L0.whole_model"].limit
+    deep = gated("L0.whole_model", 2.9 * limit, layers=24)
     assert deep.status == "PASS" and deep.limit == pytest.approx(3 * limit) and deep.reason.endswith("here 24")
-    assert gated("L0.states", 3.1 * limit, layers=24).status == "FAIL"
-    assert gated("L0.states", 1.1 * limit, layers=2).status == "FAIL"
+    assert gated("L0.whole_model", 3.1 * limit, layers=24).status == "FAIL"
+    assert gated("L0.whole_model", 1.1 * limit, layers=2).status == "FAIL"
+
+
+def test_some_limits_count_roundings() -> None:
+    times = GATES["L0.states"].limit
+    lively = gated("L0.states", 7.9e-5, rounding=1e-5)
+    assert lively.status == "PASS" and lively.limit == pytest.approx(times * 1e-5)
+    assert lively.reason.startswith(f"{times:g} roundings, here of 1.0e-05: ")
+    assert gated("L0.states", 8.1e-5, rounding=1e-5).status == "FAIL"
+    assert gated("L0.states", 0.9 * times * FLOOR, rounding=0).status == "PASS"
+    assert gated("L0.states", 1e-3, rounding=float("inf")).status == "FAIL", "an overflow is no rounding"
+    assert gated("L0.states", float("inf"), rounding=float("nan")).status == "FAIL"
+    with pytest.raises(ValueError, match=r"check L0\.states: its gate counts roundings; measure one"):
+        gated("L0.states", 1e-6)
 
 
 def test_every_kind_of_recipe_has_every_gate() -> None:
@@ -83,6 +98,8 @@ def test_the_default_recipe_passes(bundle: Path) -> None:
     assert {f"L3.{name}" for name in QUALITY} <= set(checks)
     assert [c for c in checks.values() if c["status"] == "FAIL"] == []
     assert checks["L3.task_drop"]["limit"] == 3.0
+    report = json.loads((bundle.parent / "report.json").read_text(encoding="utf-8"))
+    checklists.hold(report, "text", "drift", "chats", "task", learned=True)
 
 
 def test_a_state_that_fades_is_caught_by_drift(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

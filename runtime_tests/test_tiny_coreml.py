@@ -24,6 +24,7 @@ from export.quantize.recipe import load_recipe
 from export.validate import metrics, reference, task
 from export.validate.probe import make_probe
 from export.validate.replay import replay
+from runtime_tests import checklists
 from targets import load_target
 from targets.base import Job
 
@@ -84,6 +85,9 @@ def test_recipes_pass_every_gate(recipe: str, profile: str, most_drop: float, tm
     checks = {c["name"]: c["value"] for rung in report["rungs"].values() for c in rung["checks"]}
     sys.stdout.write(f"{recipe} {profile} {checks}\n")
     assert report["passed"]
+    if recipe != "fp32":
+        has = ("pictures", "text", "drift", "layouts", "chats", "task", "observed", "stress")
+        checklists.hold(report, "float16", *has, learned=True)
     assert checks["L3.task_drop"] <= most_drop
 
 

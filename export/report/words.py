@@ -58,6 +58,10 @@ WORDS = {
         f"What the encoder makes of test pictures ({RELATIVE}).",
         "our encoder sees other pictures than the original.",
     ),
+    "L0.rounding": Words(
+        f"What float32 loses against float64 in our own modules, the unit of other limits ({RELATIVE}).",
+        "the model loses so much in float32 that a fault could hide behind it.",
+    ),
     "L0.pictures_in_text": Words(
         "Test pictures that stood in the text of the checks.",
         "with fewer than two, no check saw what a picture leaves behind for the text after it.",

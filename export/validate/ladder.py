@@ -20,12 +20,12 @@ from export.model import state
 from export.model.positions import splice
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import general
-from export.validate import metrics, reference
+from export.validate import metrics, reference, rounding
 from export.validate.amounts import STEPWISE
 from export.validate.answers import own_answers, task_accuracy, text_runner
 from export.validate.case import Case, Rung, make_plan
 from export.validate.drift import drift, stress
-from export.validate.gates import GATES, Check, gated, recorded
+from export.validate.gates import FLOOR, GATES, Check, gated, recorded
 from export.validate.lowered import l1
 from export.validate.probe import picture_tokens
 from export.validate.replay import canonical, image_embeddings, replay, state_errors, worst
@@ -40,6 +40,7 @@ def l0(case: Case) -> Rung:
 
     transformers' side takes tying, positions, splicing and pictures from transformers too, ours from this project.
     Where the whole of transformers' model fits the memory, its one forward pass is held against its streamed layers.
+    Both are held apart by what float32 loses in the same sums (`rounding`), on whatever checkpoint.
     No bundle takes part, so that several of one checkpoint, conditioned alike, need it once.
     """
     return case.once("L0", lambda: _l0(case), case.prefill_lengths, case.recipe.conditioning, case.scale)
@@ -56,18 +57,23 @@ def _l0(case: Case) -> Rung:
     )
     errors = state_errors(case.config, true_states, states, len(case.probe.ids))
     layers = case.config.text.num_hidden_layers
+    unit = rounding.measure(case.weights, rows, case.probe.positions)
+    worst_state, its_rounding = unit.worst(errors, FLOOR)
     checks = [
-        gated("L0.logits", metrics.relative(truth, logits), layers=layers),
-        gated("L0.states", max(errors.values()), layers=layers),
+        gated("L0.logits", metrics.relative(truth, logits), rounding=unit.logits),
+        gated("L0.states", worst_state, rounding=its_rounding),
     ]
+    units = [unit.largest]
     if case.pictures:
         ours = [reference.own_vision(case.weights, each) for each in case.pictures]
-        checks.append(gated("L0.vision", worst(case.true_pictures, ours)))
+        units.append(rounding.of_pictures(case.weights, case.pictures, ours))
+        checks.append(gated("L0.vision", worst(case.true_pictures, ours), rounding=units[-1]))
         # Fewer than two where the context is too short for them: then no rung saw what a picture leaves behind.
         checks.append(recorded("L0.pictures_in_text", len(images)))
     if case.whole.logits is not None:
         checks.append(gated("L0.whole_model", metrics.relative(case.whole.logits, truth), layers=layers))
-    return Rung("L0", checks, {"states": errors}, [case.whole.note])
+    checks.append(gated("L0.rounding", max(units)))
+    return Rung("L0", checks, {"states": errors, "rounding": dict(unit.states)}, [case.whole.note])
 
 
 def l2(case: Case) -> Rung:

@@ -20,9 +20,9 @@ from export.quantize.conditioned import weights_for
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
 from export.quantize.scale import scaled
-from export.validate import metrics, reference
+from export.validate import metrics, reference, rounding
 from export.validate.case import Case, Rung
-from export.validate.gates import GATES, Check, gated, recorded
+from export.validate.gates import FLOOR, GATES, Check, gated, recorded
 from export.validate.probe import Probe
 from export.validate.replay import canonical, image_embeddings, replay, state_errors, worst
 from targets.base import UNBOUNDED, Job, Session, Target
@@ -157,7 +157,8 @@ def compare_lowered(
     *,
     kept: bool = False,
 ) -> Rung:
-    """L1 on an open session: logits and states, padding, vision, embedding.
+    """L1 on an open session: logits and states, padding, vision, embedding; in float32 within so many roundings of the
+    same sums (`rounding`), where floats are stored in float16 within constants.
 
     Args:
         rows: in the dtype of the session's embeddings. prefix: of the checks; their gates are those of L1 where it
@@ -165,13 +166,18 @@ def compare_lowered(
     """
     config = weights.config
 
-    def check(name: str, value: float) -> Check:
+    def gate(name: str) -> str:
         own = f"{prefix}.{name}"
-        return gated(own, value, own if own in GATES else f"L1.{name}")
+        return own if own in GATES else f"L1.{name}"
 
+    def check(name: str, value: float, rounding: float | None = None) -> Check:
+        return gated(f"{prefix}.{name}", value, gate(name), rounding=rounding)
+
+    wide = rows.astype(np.float32)
     expected, states = reference.own_sequence(
-        weights, rows.astype(np.float32), probe.positions, plan, state.cache_rows(len(rows), prefill_lengths)
+        weights, wide, probe.positions, plan, state.cache_rows(len(rows), prefill_lengths)
     )
+    unit = rounding.measure(weights, wide, probe.positions) if GATES[gate("logits")].in_roundings else None
     ends = [first + valid - 1 for first, _, valid in reference.pieces(len(rows), plan)]
     logits = np.stack(replay(session, rows, probe.positions, plan, junk=0.0))
     errors = state_errors(config, states, canonical(config, session.states()), len(rows))
@@ -179,8 +185,8 @@ def compare_lowered(
     padded = np.stack(replay(session, rows, probe.positions, plan, junk=float("nan"), reset=not kept))
     leaks = state_errors(config, clean, canonical(config, session.states()), len(rows))
     checks = [
-        check("logits", metrics.relative(expected[ends], logits)),
-        check("states", max(errors.values())),
+        check("logits", metrics.relative(expected[ends], logits), unit.logits if unit else None),
+        check("states", *(unit.worst(errors, FLOOR) if unit else (max(errors.values()),))),
         check("padding", max(metrics.relative(logits, padded), *leaks.values())),
     ]
     embedded = session.run("embed", {"input_ids": np.asarray([probe.ids], np.int64)})["embeddings"]
@@ -188,7 +194,8 @@ def compare_lowered(
     checks.append(check("embed", metrics.relative(plain, embedded[0])))
     if pictures:
         ours = [reference.own_vision(weights, each) for each in pictures]
-        checks.append(check("vision", worst(ours, image_embeddings(session, pictures))))
+        found = worst(ours, image_embeddings(session, pictures))
+        checks.append(check("vision", found, rounding.of_pictures(weights, pictures, ours) if unit else None))
     series = {"states": errors, "logits": _row_errors(expected[ends], logits), "rows": ends}
     return Rung("L1", checks, series)
 

@@ -45,7 +45,7 @@ def head_logits(
     logits = np.empty((hidden.shape[0], config.text.vocab_size), np.float32)
     for start in range(0, config.text.vocab_size, HEAD_ROWS):
         stop = min(start + HEAD_ROWS, config.text.vocab_size)
-        logits[:, start:stop] = (hidden @ read(start, stop).T).numpy()
+        logits[:, start:stop] = (hidden @ read(start, stop).to(hidden.dtype).T).numpy()
     return logits
 
 
@@ -137,21 +137,25 @@ def hf_sequence(
     return head_logits(head, config, norm(hidden)[0]), states
 
 
-def fill(module: torch.nn.Module, weights: Weights, prefix: str) -> torch.nn.Module:
-    """Fill one of our modules made on the meta device, in float32."""
+def fill(
+    module: torch.nn.Module, weights: Weights, prefix: str, dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
+    """Fill one of our modules made on the meta device."""
     names = [name for name, _ in module.named_parameters()]
-    module.load_state_dict({n: weights.tensor(f"{prefix}{n}") for n in names}, assign=True)
+    module.load_state_dict({n: weights.tensor(f"{prefix}{n}").to(dtype) for n in names}, assign=True)
     return module.eval().requires_grad_(False)
 
 
 @torch.inference_mode()
-def own_vision(weights: Weights, image: NDArray[Any]) -> NDArray[np.float32]:
-    """Our vision encoder on a picture [3, H, W] in 0…1."""
+def own_vision(
+    weights: Weights, image: NDArray[Any], dtype: torch.dtype = torch.float32
+) -> NDArray[np.float32]:
+    """Our vision encoder on a picture [3, H, W] in 0…1, computed in `dtype`."""
     vision = weights.config.vision
     if vision is None:
         raise ValueError("the model has no vision encoder")
-    encoder = fill(on_meta(lambda: VisionEncoder(vision)), weights, "vision.")
-    return np.asarray(encoder(torch.from_numpy(image)).numpy(), np.float32)
+    encoder = fill(on_meta(lambda: VisionEncoder(vision)), weights, "vision.", dtype)
+    return np.asarray(encoder(torch.from_numpy(image).to(dtype)).numpy(), np.float32)
 
 
 def pieces(tokens: int, plan: Sequence[tuple[int | None, int]]) -> Iterator[tuple[int, int | None, int]]:
@@ -171,26 +175,29 @@ def own_sequence(
     position_ids: NDArray[Any],
     plan: Sequence[tuple[int | None, int]],
     cache_rows: int,
+    dtype: torch.dtype = torch.float32,
+    last: int = 0,
 ) -> tuple[NDArray[np.float32], Arrays]:
-    """Our modules over the same sequence, by padded chunks and single steps as `plan` says.
+    """Our modules over the same sequence, by padded chunks and single steps as `plan` says, computed in `dtype`.
 
     Returns:
-        logits [T, V] and the final states, KV caches with all their `cache_rows` rows.
+        logits [T, V], or those of the `last` tokens alone, and the final states, KV caches with all their `cache_rows`
+        rows.
     """
     config = weights.config
-    hidden = torch.from_numpy(rows)
+    hidden = torch.from_numpy(rows).to(dtype)
     positions = torch.from_numpy(position_ids)
     states: Arrays = {}
     for index in range(config.text.num_hidden_layers):
         part = range(index, index + 1)
         decoder = on_meta(lambda p=part: Decoder(config.text, p, head=False))
-        fill(decoder, weights, "decoder.")
+        fill(decoder, weights, "decoder.", dtype)
         layout = state.layout(config.text, cache_rows, part)
-        current = [torch.zeros(s.shape) for s in layout]
+        current = [torch.zeros(s.shape, dtype=dtype) for s in layout]
         outputs = []
         for first, length, valid in pieces(len(rows), plan):
             size = length or 1
-            chunk = torch.zeros(size, hidden.shape[1])
+            chunk = torch.zeros(size, hidden.shape[1], dtype=dtype)
             chunk[:valid] = hidden[first : first + valid]
             places = torch.zeros(3, size, dtype=torch.int32)
             places[:, :valid] = positions[:, first : first + valid]
@@ -200,8 +207,8 @@ def own_sequence(
             outputs.append(result[:valid])
         hidden = torch.cat(outputs)
         states |= {s.name: t.numpy() for s, t in zip(layout, current, strict=True)}
-    norm = weights.tensor("decoder.norm.weight")
-    normed = ops.rms_norm(hidden, norm, config.text.stream_eps)
+    norm = weights.tensor("decoder.norm.weight").to(dtype)
+    normed = ops.rms_norm(hidden[-last:], norm, config.text.stream_eps)
     if config.text.head_basis:
-        normed = normed @ weights.tensor(HEAD_BASIS).T
+        normed = normed @ weights.tensor(HEAD_BASIS).to(dtype).T
     return head_logits(partial(weights.rows, "decoder.head.weight"), config, normed), states

@@ -1,0 +1,67 @@
+"""How far float32 itself is from the truth: the ruler that two float32 implementations are held apart by.
+
+The same sums, our modules', in float32 and in float64. The distance is rounding and nothing else, whether the modules
+are right or wrong: both are wrong alike. So it may be the unit in which transformers, our modules and a runtime are
+allowed to differ, on every checkpoint: constants that suit one refuse another, whose layers let rounding grow.
+
+transformers hard-codes float32 inside its layers and cannot be its own truth. Tables of positions are float32 in
+its modules and in ours, and stay so here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.checkpoint.weights import Weights
+from export.model import state
+from export.validate import metrics, reference
+from export.validate.replay import state_errors
+
+LAST = 64
+"""Tokens at the end whose logits tell the rounding of all: most was summed for them. With all, the head of a small
+model would cost more than its layers."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Relative distance of float32 from float64, of logits and of every state."""
+
+    logits: float
+    states: Mapping[str, float]
+
+    def worst(self, errors: Mapping[str, float], floor: float) -> tuple[float, float]:
+        """(error, rounding) of the state whose error is largest beside its rounding, which counts `floor` at least."""
+        name = max(errors, key=lambda each: _share(errors[each], self.states[each], floor))
+        return errors[name], self.states[name]
+
+    @property
+    def largest(self) -> float:
+        return max(self.logits, *self.states.values())
+
+
+def _share(error: float, rounding: float, floor: float) -> float:
+    return float("inf") if np.isnan(error) else error / max(rounding, floor)
+
+
+def measure(weights: Weights, rows: NDArray[np.float32], position_ids: NDArray[np.int32]) -> Rounding:
+    """Of a sequence of rows [T, D] at positions [3, T], all of it in one chunk without padding: what is asked is the
+    rounding of sums, which cuts change little.
+    """
+    tokens = len(rows)
+    given = weights, rows, position_ids, [(tokens, tokens)], state.cache_rows(tokens, (tokens,))
+    logits, states = reference.own_sequence(*given, torch.float32, LAST)
+    true_logits, true_states = reference.own_sequence(*given, torch.float64, LAST)
+    errors = state_errors(weights.config, true_states, states, tokens)
+    return Rounding(metrics.relative(true_logits, logits), errors)
+
+
+def of_pictures(weights: Weights, pictures: Sequence[NDArray[Any]], embedded: Sequence[NDArray[Any]]) -> float:
+    """Of the embeddings of pictures [3, H, W], `embedded` [N, D] in float32; the largest, and 0 without pictures."""
+    exact = (reference.own_vision(weights, each, torch.float64) for each in pictures)
+    return max((metrics.relative(true, found) for true, found in zip(exact, embedded, strict=True)), default=0.0)
