@@ -298,7 +298,7 @@ def gated(
     if rule.of_noise:
         if noise is None:
             raise ValueError(f"check {name}: its gate counts the noise of weights; measure it (rounding.of_weights)")
-        noise += ACTIVATIONS
+        noise = (noise if math.isfinite(noise) else 0.0) + ACTIVATIONS
         reason = f"{rule.limit:g} times the noise of weights and activations, here of {noise:.1e}: {rule.reason}"
         rule = replace(rule, limit=rule.limit * noise, reason=reason)
     if layers > DEPTH:
