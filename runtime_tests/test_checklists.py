@@ -79,9 +79,9 @@ def test_bundles_of_one_checkpoint_need_l0_once(
     asked: list[Any] = []
     right = reference.hf_sequence
 
-    def counted(*inputs: Any) -> Any:
+    def counted(*inputs: Any, **told: Any) -> Any:
         asked.append(inputs)
-        return right(*inputs)
+        return right(*inputs, **told)
 
     monkeypatch.setattr(reference, "hf_sequence", counted)
     words = ["--rung", "L0", "--json", "--quiet", "--threads", "1"]

@@ -99,7 +99,9 @@ def test_an_interrupted_part_is_over(clock: Clock, pace: Pace) -> None:
     assert pace.remaining == 0
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0.2, "about 0:01 left"), (59.4, "about 1:00 left"), (754, "about 12:34 left")])
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.2, "about 0:01 left"), (59.4, "about 1:00 left"), (754, "about 12:34 left")]
+)
 def test_the_rest_in_words(seconds: float, said: str, clock: Clock, pace: Pace) -> None:
     with pace.part("only", 2):
         clock.work(pace, seconds, 1)

@@ -30,6 +30,9 @@ from export.validate.probe import Probe, make_probe, picture
 from export.validate.transformers_model import Whole
 from targets.base import Arrays, Target
 
+CACHED = 8
+"""Tokens at the end of the probe that the reference takes as in generation, so that its cache is used as well."""
+
 
 @dataclass
 class Rung:
@@ -178,10 +181,11 @@ class Case:
 
     @cached_property
     def truth(self) -> tuple[NDArray[np.float32], Arrays]:
-        """transformers' fp32 logits [T, V] and final states on the probe, fed token by token: its chunked delta
-        rule is the less exact of its two forms (docs/LOG.md) and would be most of the distance to ours.
+        """transformers' fp32 logits [T, V] and final states on the probe. Its delta rule goes token by token: its
+        chunks are the less exact of its two forms (docs/LOG.md) and would be most of the distance to ours. The last
+        tokens come one at a time, through its cache.
         """
-        fed = self.embedded, self.true_positions, 1
+        fed = self.embedded, self.true_positions, max(1, len(self.probe.ids) - CACHED), True
         return self.once("truth", lambda: reference.hf_sequence(self.checkpoint, self.config, *fed))
 
     @property

@@ -50,14 +50,14 @@ def _l0(case: Case) -> Rung:
     truth, true_states = case.truth
     rows_needed = state.cache_rows(len(case.probe.ids), case.prefill_lengths)
     rows = case.to_stream(reference.embed(case.checkpoint, case.probe.ids))
-    images = [reference.own_vision(case.weights, image) for image in case.probe.images]
+    seen = reference.own_vision(case.weights, [*case.probe.images, *case.pictures])
+    images, ours = seen[: len(case.probe.images)], seen[len(case.probe.images) :]
     rows = splice(rows, case.probe.ids, case.config.image_token_id, images)
-    logits, states = reference.own_sequence(
-        case.weights, rows, case.probe.positions, case.plan, rows_needed
-    )
+    passes = [reference.Pass(case.plan, rows_needed), *rounding.passes(len(rows))]
+    (logits, states), *both = reference.own_sequences(case.weights, rows, case.probe.positions, passes)
     errors = state_errors(case.config, true_states, states, len(case.probe.ids))
     layers = case.config.text.num_hidden_layers
-    unit = rounding.measure(case.weights, rows, case.probe.positions)
+    unit = rounding.between(case.config, len(rows), *both)
     worst_state, its_rounding = unit.worst(errors, FLOOR)
     checks = [
         gated("L0.logits", metrics.relative(truth, logits), rounding=unit.logits),
@@ -65,7 +65,6 @@ def _l0(case: Case) -> Rung:
     ]
     units = [unit.largest]
     if case.pictures:
-        ours = [reference.own_vision(case.weights, each) for each in case.pictures]
         units.append(rounding.of_pictures(case.weights, case.pictures, ours))
         checks.append(gated("L0.vision", worst(case.true_pictures, ours), rounding=units[-1]))
         # Fewer than two where the context is too short for them: then no rung saw what a picture leaves behind.

@@ -174,10 +174,11 @@ def compare_lowered(
         return gated(f"{prefix}.{name}", value, gate(name), rounding=rounding)
 
     wide = rows.astype(np.float32)
-    expected, states = reference.own_sequence(
-        weights, wide, probe.positions, plan, state.cache_rows(len(rows), prefill_lengths)
-    )
-    unit = rounding.measure(weights, wide, probe.positions) if GATES[gate("logits")].in_roundings else None
+    counted = GATES[gate("logits")].in_roundings
+    passes = [reference.Pass(plan, state.cache_rows(len(rows), prefill_lengths))]
+    passes += rounding.passes(len(rows)) if counted else []
+    (expected, states), *both = reference.own_sequences(weights, wide, probe.positions, passes)
+    unit = rounding.between(config, len(rows), *both) if counted else None
     ends = [first + valid - 1 for first, _, valid in reference.pieces(len(rows), plan)]
     logits = np.stack(replay(session, rows, probe.positions, plan, junk=0.0))
     errors = state_errors(config, states, canonical(config, session.states()), len(rows))
@@ -193,7 +194,7 @@ def compare_lowered(
     plain = torch.cat([weights.rows("embedding.weight", i, i + 1) for i in probe.ids]).numpy()
     checks.append(check("embed", metrics.relative(plain, embedded[0])))
     if pictures:
-        ours = [reference.own_vision(weights, each) for each in pictures]
+        ours = reference.own_vision(weights, pictures)
         found = worst(ours, image_embeddings(session, pictures))
         checks.append(check("vision", found, rounding.of_pictures(weights, pictures, ours) if unit else None))
     series = {"states": errors, "logits": _row_errors(expected[ends], logits), "rows": ends}
