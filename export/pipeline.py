@@ -78,8 +78,9 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
         tokenizer = sidecars.manifest
         sizes = spec.image_sizes if config.vision is not None else ()
         if target.capabilities.floats == "float16":
-            with progress.stage("streams"):
-                scale = streams.measure(weights, streams.prompts(weights.config, writer.path, sizes)).scale
+            with progress.stage("streams", total=config.text.num_hidden_layers) as pace:
+                prompts = streams.prompts(weights.config, writer.path, sizes)
+                scale = streams.measure(weights, prompts, pace.advance).scale
             weights = scaled(weights, scale)
         quantizer = Quantizer(weights, recipe, target.capabilities.smallest_scale)
         with progress.stage("lower", total=num_parameters(weights)) as bar:

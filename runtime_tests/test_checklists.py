@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from export.__main__ import main
+from export.pace import Pace
 from export.quantize.recipe import load_recipe
 from export.validate import judge, reference
 from export.validate.amounts import Amounts
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "traced_once", "hints_once")
 
 
 @contextmanager
-def silent(name: str) -> Iterator[None]:
-    yield
+def silent(name: str) -> Iterator[Pace]:
+    yield Pace()
 
 
 @pytest.mark.parametrize("target", ["onnx", "executorch"])

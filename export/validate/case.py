@@ -18,6 +18,7 @@ from export.chat.conversation import Contract, chunks
 from export.checkpoint.base import Checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
+from export.pace import Pace
 from export.quantize.conditioned import weights_for
 from export.quantize.recipe import Recipe
 from export.quantize.scale import StreamScale, scaled
@@ -87,13 +88,17 @@ class Case:
     """Token ids in words, for the report; None: it shows no answers."""
     known: Known = field(default_factory=dict)
     """Shared by the cases of several bundles of one checkpoint."""
+    pace: Pace = field(default_factory=Pace)
+    """Of the rung that is climbed."""
 
     def once(self, what: str, compute: Callable[[], Result], *depends: Hashable) -> Result:
         """`compute()`, or what it gave for another bundle: a result of the checkpoint, the probe, the pictures, and
         whatever else it depends on, but of no bundle.
         """
         key = (what, self._content, *depends)
-        if key not in self.known:
+        if key in self.known:
+            self.pace.leave_out(what)
+        else:
             self.known[key] = compute()
         found: Result = self.known[key]
         return found
@@ -124,6 +129,11 @@ class Case:
     def to_stream(self, rows: NDArray[Any]) -> NDArray[np.float32]:
         """Rows [T, D] from transformers' embedding or vision tower as the bundle's residual stream has them."""
         return self.weights.to_stream(torch.from_numpy(rows)).numpy()
+
+    @property
+    def layers(self) -> int:
+        """Of the decoder."""
+        return self.config.text.num_hidden_layers
 
     @cached_property
     def image_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -186,7 +196,11 @@ class Case:
         tokens come one at a time, through its cache.
         """
         fed = self.embedded, self.true_positions, max(1, len(self.probe.ids) - CACHED), True
-        return self.once("truth", lambda: reference.hf_sequence(self.checkpoint, self.config, *fed))
+        def compute() -> tuple[NDArray[np.float32], Arrays]:
+            with self.pace.part("truth", self.layers):
+                return reference.hf_sequence(self.checkpoint, self.config, *fed, advance=self.pace.advance)
+
+        return self.once("truth", compute)
 
     @property
     def drift_steps(self) -> int:
@@ -216,12 +230,12 @@ class Case:
             )
         contract, share = Contract.of(self.manifest), self.share
         prompts = tuple((tuple(chat.ids), *(image.tobytes() for image in chat.images)) for chat in self.chats)
-        found = self.once(
-            "given",
-            lambda: dialogues.reference_answers(self.weights, contract, self.chats, share),
-            *(contract, share, prompts),
-        )
-        return found, (
+
+        def compute() -> list[Dialogue]:
+            with self.pace.part("given", len(self.chats)):
+                return dialogues.reference_answers(self.weights, contract, self.chats, share, advance=self.pace.advance)
+
+        return self.once("given", compute, contract, share, prompts), (
             "The reference's answers were given by this project's modules in float32 and read by transformers, which "
             "would have chosen the same tokens in the share that L3.reference_agrees tells."
         )
@@ -230,18 +244,30 @@ class Case:
     def given_truth(self) -> list[NDArray[np.float32]]:
         """transformers' logits [places, V] along each of the reference's answers."""
         answers = self.given[0]
-        return self.once("given truth", lambda: self.read(answers), tuple(tuple(each.ids) for each in answers))
+        return self.once("read given", lambda: self.read(answers, "given"), tuple(tuple(each.ids) for each in answers))
 
-    def read(self, answered: Sequence[Dialogue]) -> list[NDArray[np.float32]]:
+    def read(self, answered: Sequence[Dialogue], whose: str) -> list[NDArray[np.float32]]:
         """transformers' logits [places, V] along each dialogue."""
-        readings = [dialogue.reading(self.checkpoint, self.config) for dialogue in answered]
-        return teacher.hf_logits(self.checkpoint, self.config, readings)
+        with self.pace.part(f"read {whose}", self.layers):
+            pictures = {image.tobytes(): image for each in answered for image in each.chat.images}
+            found = self.once("seen", lambda: self._see(list(pictures.values())), *pictures)
+            seen = dict(zip(pictures, found, strict=True))
+            readings = [dialogue.reading(self.checkpoint, self.config, seen) for dialogue in answered]
+            return teacher.hf_logits(self.checkpoint, self.config, readings, advance=self.pace.advance)
+
+    def _see(self, pictures: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
+        return reference.hf_vision(self.checkpoint, self.config, pictures)
 
     @cached_property
     def whole(self) -> Whole:
         """transformers' whole model, run once on the probe; only its logits are kept."""
         given = self.checkpoint, self.config, self.probe.ids, self.probe.images
-        return self.once("whole", lambda: transformers_model.whole_model(*given))
+
+        def compute() -> Whole:
+            with self.pace.part("whole", 1):
+                return transformers_model.whole_model(*given)
+
+        return self.once("whole", compute)
 
 
 def make_plan(tokens: int, lengths: tuple[int, ...], stepwise: int = STEPWISE) -> list[tuple[int | None, int]]:

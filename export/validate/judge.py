@@ -95,7 +95,7 @@ def judge(
         findings += observed
     results = []
     for rung in rungs:
-        with stage(f"validate {rung}"):
+        with stage(f"validate {rung}") as case.pace:
             results += climb(case, (rung,))
         if rung == "L3":
             results[-1].notes += refused

@@ -30,7 +30,7 @@ from export.validate.lowered import l1
 from export.validate.probe import picture_tokens
 from export.validate.replay import canonical, image_embeddings, replay, state_errors, worst
 from export.validate.scores import Scores
-from targets.base import Session
+from targets.base import Rows, Session
 
 RUNGS = ("L0", "L1", "L2", "L3")
 
@@ -54,7 +54,10 @@ def _l0(case: Case) -> Rung:
     images, ours = seen[: len(case.probe.images)], seen[len(case.probe.images) :]
     rows = splice(rows, case.probe.ids, case.config.image_token_id, images)
     passes = [reference.Pass(case.plan, rows_needed), *rounding.passes(len(rows))]
-    (logits, states), *both = reference.own_sequences(case.weights, rows, case.probe.positions, passes)
+    with case.pace.part("ours", case.layers):
+        (logits, states), *both = reference.own_sequences(
+            case.weights, rows, case.probe.positions, passes, advance=case.pace.advance
+        )
     errors = state_errors(case.config, true_states, states, len(case.probe.ids))
     layers = case.config.text.num_hidden_layers
     unit = rounding.between(case.config, len(rows), *both)
@@ -82,7 +85,7 @@ def l2(case: Case) -> Rung:
     quantizer = Quantizer(case.weights, case.recipe, case.target.capabilities.smallest_scale)
     compared, wrong, names = 0, 0, []
     seen: dict[Any, int] = {}
-    for name, (start, block) in case.target.stored_weights(case.folder, case.manifest, quantizer):
+    for name, (start, block) in _counted(case, quantizer):
         parameter, _, size = name.partition("@")
         if size:
             expected = _positions(quantizer, parameter, size)
@@ -113,6 +116,14 @@ def l2(case: Case) -> Rung:
         if not GATES["L2.tensor_error"].passes(error)
     ]
     return Rung("L2", checks, {"wrong": names, "missing": missing, "tensor_errors": errors}, notes)
+
+
+def _counted(case: Case, quantizer: Quantizer) -> Iterator[tuple[str, Rows]]:
+    """The stored weights; how many are behind us is told."""
+    with case.pace.part("weights", sum(math.prod(p.shape) for p in case.weights.parameters.values())):
+        for name, rows in case.target.stored_weights(case.folder, case.manifest, quantizer):
+            yield name, rows
+            case.pace.advance(rows[1].numel())
 
 
 def _worse(error: float) -> float:
@@ -171,7 +182,8 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
     images = image_embeddings(session, probe.images)
     rows = splice(rows, probe.ids, contract.image_token_id, images)
     ends = [first + valid - 1 for first, _, valid in reference.pieces(len(rows), case.plan)]
-    logits = np.stack(replay(session, rows, probe.positions, case.plan, junk=0.0))
+    with case.pace.part("probe", len(case.plan)):
+        logits = np.stack(replay(session, rows, probe.positions, case.plan, junk=0.0, advance=case.pace.advance))
     errors = state_errors(config, true_states, canonical(config, session.states()), len(rows))
     kind = quality(case)
 
@@ -261,9 +273,11 @@ def _chunking(case: Case, session: Session, rows: NDArray[Any]) -> float:
     plan = make_plan(tokens, case.prefill_lengths)
     steps: list[tuple[int | None, int]] = [(None, 1)] * tokens
     ends = [first + valid - 1 for first, _, valid in reference.pieces(tokens, plan)]
-    chunked, stepwise = (
-        np.stack(replay(session, rows[:tokens], case.probe.positions, each, junk=0.0)) for each in (plan, steps)
-    )
+    with case.pace.part("chunking", len(plan) + len(steps)):
+        chunked, stepwise = (
+            np.stack(replay(session, rows[:tokens], case.probe.positions, each, junk=0.0, advance=case.pace.advance))
+            for each in (plan, steps)
+        )
     return Scores.of(stepwise[ends], chunked, [None] * len(ends)).kl_mean
 
 
