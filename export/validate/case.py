@@ -163,8 +163,21 @@ class Case:
     @cached_property
     def true_pictures(self) -> list[NDArray[np.float32]]:
         """transformers' image embeddings of `pictures`, as the bundle's stream has them."""
-        found = self.once("pictures", lambda: reference.hf_vision(self.checkpoint, self.config, self.pictures))
-        return [self.to_stream(each) for each in found]
+        return [self.to_stream(each) for each in self._seen[len(self.probe.images) :]]
+
+    @cached_property
+    def _seen(self) -> list[NDArray[np.float32]]:
+        """transformers' image embeddings of the probe's pictures and of `pictures`."""
+        return self.see("see", [*self.probe.images, *self.pictures])
+
+    def see(self, what: str, pictures: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
+        """transformers' image embeddings of pictures [3, H, W], computed once."""
+
+        def compute() -> list[NDArray[np.float32]]:
+            with self.pace.part(what, 1):
+                return reference.hf_vision(self.checkpoint, self.config, pictures)
+
+        return self.once(what, compute, *(image.tobytes() for image in pictures))
 
     @cached_property
     def plan(self) -> list[tuple[int | None, int]]:
@@ -177,7 +190,7 @@ class Case:
 
         def rows() -> NDArray[np.float32]:
             plain = reference.embed(self.checkpoint, self.probe.ids)
-            images = reference.hf_vision(self.checkpoint, self.config, self.probe.images)
+            images = self._seen[: len(self.probe.images)]
             return transformers_model.hf_splice(self.checkpoint, self.config, plain, self.probe.ids, images)
 
         return self.once("embedded", rows)
@@ -248,15 +261,11 @@ class Case:
 
     def read(self, answered: Sequence[Dialogue], whose: str) -> list[NDArray[np.float32]]:
         """transformers' logits [places, V] along each dialogue."""
+        pictures = {image.tobytes(): image for each in answered for image in each.chat.images}
+        seen = dict(zip(pictures, self.see("see chats", list(pictures.values())), strict=True))
+        readings = [dialogue.reading(self.checkpoint, self.config, seen) for dialogue in answered]
         with self.pace.part(f"read {whose}", self.layers):
-            pictures = {image.tobytes(): image for each in answered for image in each.chat.images}
-            found = self.once("seen", lambda: self._see(list(pictures.values())), *pictures)
-            seen = dict(zip(pictures, found, strict=True))
-            readings = [dialogue.reading(self.checkpoint, self.config, seen) for dialogue in answered]
             return teacher.hf_logits(self.checkpoint, self.config, readings, advance=self.pace.advance)
-
-    def _see(self, pictures: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
-        return reference.hf_vision(self.checkpoint, self.config, pictures)
 
     @cached_property
     def whole(self) -> Whole:

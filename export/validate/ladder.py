@@ -20,7 +20,7 @@ from export.model import state
 from export.model.positions import splice
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import general
-from export.validate import metrics, reference, rounding
+from export.validate import costs, metrics, reference, rounding
 from export.validate.amounts import STEPWISE
 from export.validate.answers import own_answers, task_accuracy, text_runner
 from export.validate.case import Case, Rung, make_plan
@@ -50,8 +50,11 @@ def _l0(case: Case) -> Rung:
     truth, true_states = case.truth
     rows_needed = state.cache_rows(len(case.probe.ids), case.prefill_lengths)
     rows = case.to_stream(reference.embed(case.checkpoint, case.probe.ids))
-    seen = reference.own_vision(case.weights, [*case.probe.images, *case.pictures])
-    images, ours = seen[: len(case.probe.images)], seen[len(case.probe.images) :]
+    with case.pace.part("pictures", 2):
+        seen = reference.own_vision(case.weights, [*case.probe.images, *case.pictures])
+        images, ours = seen[: len(case.probe.images)], seen[len(case.probe.images) :]
+        case.pace.advance()
+        its_rounding = rounding.of_pictures(case.weights, case.pictures, ours)
     rows = splice(rows, case.probe.ids, case.config.image_token_id, images)
     passes = [reference.Pass(case.plan, rows_needed), *rounding.passes(len(rows))]
     with case.pace.part("ours", case.layers):
@@ -61,15 +64,15 @@ def _l0(case: Case) -> Rung:
     errors = state_errors(case.config, true_states, states, len(case.probe.ids))
     layers = case.config.text.num_hidden_layers
     unit = rounding.between(case.config, len(rows), *both)
-    worst_state, its_rounding = unit.worst(errors, FLOOR)
+    worst_state, its_unit = unit.worst(errors, FLOOR)
     checks = [
         gated("L0.logits", metrics.relative(truth, logits), rounding=unit.logits),
-        gated("L0.states", worst_state, rounding=its_rounding),
+        gated("L0.states", worst_state, rounding=its_unit),
     ]
     units = [unit.largest]
     if case.pictures:
-        units.append(rounding.of_pictures(case.weights, case.pictures, ours))
-        checks.append(gated("L0.vision", worst(case.true_pictures, ours), rounding=units[-1]))
+        units.append(its_rounding)
+        checks.append(gated("L0.vision", worst(case.true_pictures, ours), rounding=its_rounding))
         # Fewer than two where the context is too short for them: then no rung saw what a picture leaves behind.
         checks.append(recorded("L0.pictures_in_text", len(images)))
     if case.whole.logits is not None:
@@ -297,5 +300,6 @@ def climb(case: Case, rungs: tuple[str, ...] = RUNGS, on_rung: Callable[[str], N
     results = []
     for name in rungs:
         on_rung(name)
+        case.pace.expect(costs.parts(case, name))
         results.append(steps[name](case))
     return results
