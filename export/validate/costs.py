@@ -116,6 +116,9 @@ def _l3(case: Case, size: Size) -> dict[str, float]:
         read = reference + size.layers * MANY * (prompts + said) + size.head * MANY * said
         ours = READ * (token + size.vision) + token * (MANY * prompts + ONE * said)
         bundle = token * (many * prompts + one * said)
+        shown = {image.tobytes(): image.shape[1] * image.shape[2] for chat in case.chats for image in chat.images}
+        if shown:
+            found["see chats"] = size.vision * (READ + MANY * sum(shown.values()) / _side(case) ** 2)
         found |= {"given": ours, "own": bundle, "read own": read, "read given": read, "along": bundle}
     if case.target.measured == "emulated":
         found["stress"] = 4 * token * (many * (tokens - STRESS_STEPS) + one * STRESS_STEPS)
@@ -123,7 +126,11 @@ def _l3(case: Case, size: Size) -> dict[str, float]:
 
 
 def _patches(case: Case) -> float:
-    """Of all pictures of the probe and of those alone, as many as the vision encoder has rows."""
-    side = case.config.vision.patch_size if case.config.vision is not None else 1
+    """Rows of the vision encoder for the pictures of the probe and those beside it."""
     images = [*case.probe.images, *case.pictures]
-    return sum(image.shape[1] * image.shape[2] / side**2 for image in images)
+    return sum(image.shape[1] * image.shape[2] / _side(case) ** 2 for image in images)
+
+
+def _side(case: Case) -> int:
+    """Of a patch, in pixels."""
+    return case.config.vision.patch_size if case.config.vision is not None else 1
