@@ -181,8 +181,13 @@ class Case:
 
     @cached_property
     def plan(self) -> list[tuple[int | None, int]]:
-        """Half of the probe in chunks, its last chunk padded, then one token at a time."""
-        return make_plan(len(self.probe.ids), self.prefill_lengths)
+        """Half of the probe or more in chunks, its last chunk padded, then one token at a time."""
+        return make_plan(len(self.probe.ids), self.prefill_lengths, self.amounts.steps)
+
+    @property
+    def chunking_tokens(self) -> int:
+        """Of the probe, that the bundle reads both by chunks and one by one."""
+        return min(len(self.probe.ids), STEPWISE, 2 * self.amounts.steps)
 
     @cached_property
     def embedded(self) -> NDArray[np.float32]:

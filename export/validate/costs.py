@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 from export.model.config import LINEAR
-from export.validate.amounts import STEPWISE
 from export.validate.case import CACHED, Case, make_plan
 from export.validate.drift import FULL_CACHE_TOKENS, STRESS_STEPS
 from export.validate.lowered import shallow
@@ -101,7 +100,7 @@ def _l3(case: Case, size: Size) -> dict[str, float]:
         steps = sum(length is None for length, _ in plan)
         return token * (one * steps + many * sum(valid for length, valid in plan if length is not None))
 
-    tokens = min(len(case.probe.ids), STEPWISE)
+    tokens = case.chunking_tokens
     found = {
         "probe": run(case.plan),
         "chunking": run(make_plan(tokens, case.prefill_lengths)) + run([(None, 1)] * tokens),
@@ -121,7 +120,8 @@ def _l3(case: Case, size: Size) -> dict[str, float]:
             found["see chats"] = size.vision * (READ + MANY * sum(shown.values()) / _side(case) ** 2)
         found |= {"given": ours, "own": bundle, "read own": read, "read given": read, "along": bundle}
     if case.target.measured == "emulated":
-        found["stress"] = 4 * token * (many * (tokens - STRESS_STEPS) + one * STRESS_STEPS)
+        prompt = sum(valid for length, valid in case.plan if length is not None)
+        found["stress"] = 4 * token * (many * prompt + one * STRESS_STEPS)
     return found
 
 

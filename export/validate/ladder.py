@@ -21,7 +21,6 @@ from export.model.positions import splice
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import general
 from export.validate import costs, metrics, reference, rounding
-from export.validate.amounts import STEPWISE
 from export.validate.answers import own_answers, task_accuracy, text_runner
 from export.validate.case import Case, Rung, make_plan
 from export.validate.drift import drift, stress
@@ -269,10 +268,10 @@ def _text_checks(
 
 
 def _chunking(case: Case, session: Session, rows: NDArray[Any]) -> float:
-    """KL of the first `STEPWISE` tokens of the probe in chunks and single steps from all in single
-    steps, weighted by the certainty of the latter.
+    """KL of the first tokens of the probe in chunks and single steps from all in single steps, weighted by the
+    certainty of the latter.
     """
-    tokens = min(len(rows), STEPWISE)
+    tokens = case.chunking_tokens
     plan = make_plan(tokens, case.prefill_lengths)
     steps: list[tuple[int | None, int]] = [(None, 1)] * tokens
     ends = [first + valid - 1 for first, _, valid in reference.pieces(tokens, plan)]
