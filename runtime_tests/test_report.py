@@ -326,7 +326,9 @@ def test_the_comparison_names_the_smallest_and_the_closest() -> None:
     assert (said.status, said.word) == ("OPEN", "Not judged as a whole")
     assert "Only L2 of the ladder was checked for all." in said.sentence
     spoil(three[2].report, "L3.top1", 0.0)
-    assert comparison.verdict(three).sentence.startswith("1 of 3 bundles failed a gate: three.")
+    said = comparison.verdict(three).sentence
+    assert said.startswith("1 of 3 bundles failed a gate: three. The smallest of the others is two (1 kB on disk)")
+    assert said.endswith("the closest to the original two (KL 0.05 nats)."), "no failed bundle is recommended"
     seen = Seen(comparison.render(three))
     assert [text for level, text in seen.headings if level == 2][:3] == [
         "The bundles", "On this host", "L0: Is our model the original?",
