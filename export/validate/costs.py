@@ -16,9 +16,9 @@ READ = 12e-9
 """A weight of the checkpoint, read and conditioned."""
 MANY = 25e-12
 """A weight and a token in float32, of many tokens at a time."""
-ONE = 250e-12
+ONE = 350e-12
 """The same, one token at a time: the memory's speed."""
-DOUBLE = 100e-12
+DOUBLE = 80e-12
 """The same in float64, of many."""
 RULE = 150e-6
 """A token in a layer of linear attention by transformers' recurrent function."""
@@ -84,7 +84,7 @@ def _l1(case: Case, size: Size) -> dict[str, float]:
     return found
 
 
-FLOATS = 2
+FLOATS = 6
 """How much longer a bundle without quantisation takes."""
 
 
