@@ -218,8 +218,8 @@ def _climb(
     from export.validate.ladder import RUNGS
     from targets import load_target
 
-    def stage(name: str) -> Any:
-        return reporter.stage(name if alone else f"{name} of {bundle.path.name}")
+    def stage(name: str, total: float | None = None) -> Any:
+        return reporter.stage(name if alone else f"{name} of {bundle.path.name}", total)
 
     return judge.judge(
         checkpoint,

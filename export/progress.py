@@ -112,7 +112,7 @@ class Reporter:
         quiet_libraries()
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Pace]:
+    def stage(self, name: str, total: float | None = None) -> Iterator[Pace]:
         """A stage of the work, in parts or with a `total` in the units that `advance` counts."""
         sampler, begin = MemorySampler(), time.perf_counter()
         sampler.start()

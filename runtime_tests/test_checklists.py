@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "traced_once", "hints_once")
 
 
 @contextmanager
-def silent(name: str) -> Iterator[Pace]:
+def silent(name: str, total: float | None = None) -> Iterator[Pace]:
     yield Pace()
 
 

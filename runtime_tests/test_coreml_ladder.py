@@ -49,7 +49,7 @@ WARNING = Finding("overflow", "warning", "a.mlpackage", "decode", "add_1", "a te
 
 
 @contextmanager
-def silent(name: str) -> Iterator[Pace]:
+def silent(name: str, total: float | None = None) -> Iterator[Pace]:
     yield Pace()
 
 

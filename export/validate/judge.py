@@ -22,7 +22,7 @@ from export.validate.case import Case, Known
 from export.validate.examples import examples
 from export.validate.ladder import RUNGS, climb
 from export.validate.probe import image_tokens
-from targets.base import Finding, Target, grouped
+from targets.base import Finding, Prompt, Target, grouped
 
 
 def judge(
@@ -88,8 +88,9 @@ def judge(
             case.text, case.familiar = task.text(tokenizer, int(manifest["context_length"])), True
     seen = None
     if findings is not None and not any(found.severity == "error" for found in findings):
-        with stage("activations"):
-            seen = target.observe(folder, manifest, [case.probe, *examples(folder, manifest)], case.pictures)
+        with stage("activations", 1.0) as pace:
+            prompts: list[Prompt] = [case.probe, *examples(folder, manifest)]
+            seen = target.observe(folder, manifest, prompts, case.pictures, pace.advance)
         observed = seen.findings if seen is not None else []
         on_findings(observed)
         findings += observed
