@@ -1,18 +1,18 @@
-# make demo       export the tiny checkpoint to ONNX int4, check it, ask it about a picture
+# make demo       export the tiny checkpoint to ONNX, check it, ask it about a picture
 # make test       lint, types and all tests but the slow ones
 # make test-full  the slow ones too
 # Plain POSIX make: works with GNU make and BSD make. The first call sets up .venv, later ones reuse it.
 
 PYTHON = .venv/bin/python
 SETUP = .venv/.installed
-BUNDLE = out/qwen3.5-tiny-onnx-int4
+BUNDLE = out/qwen3.5-tiny-onnx-int4-mlp
 PICTURE = docs/demo.png
 QUESTION = Read.
 
 .PHONY: demo test test-full lint setup clean
 
 demo: $(SETUP)
-	$(PYTHON) -m export --target onnx --size tiny --recipe int4 -o $(BUNDLE) --overwrite
+	$(PYTHON) -m export --target onnx --size tiny -o $(BUNDLE) --overwrite
 	@echo
 	@echo "picture:  $(PICTURE)"
 	@echo "question: $(QUESTION)"

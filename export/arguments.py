@@ -17,7 +17,7 @@ from export.checkpoint import is_folder
 from export.checkpoint.adapter_config import check_beside
 from export.checkpoint.published import read_config
 from export.sizes import CUSTOM, SIZES, TINY, check_name, size_of
-from export.spec import ExportSpec, UsageError
+from export.spec import DEFAULT_RECIPE, ExportSpec, UsageError
 from targets import TARGETS
 
 DEFAULT_PREFILL: Mapping[str, tuple[int, ...]] = {TINY: (64,)}
@@ -73,7 +73,7 @@ def add_export_options(parser: argparse.ArgumentParser) -> None:
     add("--revision", metavar="R", help="hub revision: branch, tag or commit (default: today's commit)")
     add("--adapter", metavar="A", help="folder of a PEFT adapter to merge; none leaves one out beside the weights")
     add("--seed", type=int, metavar="N", help="seed of --checkpoint random (default 0)")
-    add("--recipe", default="int4", metavar="R", help="quantisation recipe or a .toml file (default int4)")
+    add("--recipe", default=DEFAULT_RECIPE, metavar="R", help=f"recipe or a .toml file (default {DEFAULT_RECIPE})")
     add("--group-size", type=int, metavar="G", help="32, 64 or 128: overrides the recipe's 4-bit groups")
     add("--context-length", type=int, default=1024, metavar="N", help="tokens of KV cache (default 1024)")
     add("--prefill-lengths", metavar="A,B", help="chunk lengths of prefill (default 64,512; tiny 64)")

@@ -26,6 +26,10 @@ class GateError(ExportError):
     exit_code = 3
 
 
+DEFAULT_RECIPE = "int4-mlp"
+"""The smallest of the shipped recipes that published evidence calls safe without calibration (docs/decisions/016)."""
+
+
 @dataclass(frozen=True)
 class ExportSpec:
     """Everything an export depends on. Two equal specs give the same bundle, byte for byte."""
@@ -39,7 +43,7 @@ class ExportSpec:
     adapter: str | None = None
     """Folder of a PEFT adapter to merge; "none" leaves one out that lies beside the weights."""
     seed: int = 0
-    recipe: str = "int4"
+    recipe: str = DEFAULT_RECIPE
     group_size: int | None = None
     context_length: int = 1024
     prefill_lengths: tuple[int, ...] = (64, 512)

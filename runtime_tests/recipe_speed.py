@@ -67,7 +67,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", default="0.8b")
-    parser.add_argument("--recipe", action="append", help="name or TOML file, repeatable; default: all that are shipped")
+    parser.add_argument("--recipe", action="append", help="name or TOML file, repeatable; default: all shipped")
     parser.add_argument("--target", action="append", choices=TARGETS, help="repeatable; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)

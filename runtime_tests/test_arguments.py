@@ -21,9 +21,9 @@ from export.__main__ import main
 from export.checkpoint.weights import parameters
 from export.model.config import ModelConfig
 from export.progress import SAMPLE_SECONDS, Reporter
-from export.quantize.recipe import ROLES, general
+from export.quantize.recipe import ROLES, load_recipe
 from export.sizes import SIZES, shipped_tiny
-from export.spec import ExportError, ExportSpec, GateError, UsageError
+from export.spec import DEFAULT_RECIPE, ExportError, ExportSpec, GateError, UsageError
 from targets import TARGETS
 
 ONNX = "--target onnx --size"
@@ -110,7 +110,7 @@ def test_defaults() -> None:
     assert (tiny.prefill_lengths, small.prefill_lengths) == ((64,), (64, 512))
     assert (tiny.context_length, small.context_length) == (1024, 1024)
     assert small.image_sizes == ((448, 448),) and (64, 96) in tiny.image_sizes
-    assert small.output == Path("qwen3.5-0.8b-onnx-int4")
+    assert small.output == Path("qwen3.5-0.8b-onnx-int4-mlp")
     # A default chunk that does not fit the context is the tool's affair, not the user's.
     assert spec_of(f"{ONNX} 0.8b --context-length 256").prefill_lengths == (64,)
     assert spec_of(f"{ONNX} tiny --context-length 32").prefill_lengths == (32,)
@@ -264,11 +264,12 @@ def test_the_plan_counts_what_the_pipeline_stores(size: str) -> None:
     config = SIZES[size].config
     assert config is not None
     model = ModelConfig.from_dict(config)
+    recipe = load_recipe(DEFAULT_RECIPE)
     counts: dict[str, int] = {}
     for parameter in parameters(model).values():
         if parameter.role == "embedding" and model.text.tie_word_embeddings:
             continue  # stored once, as the head
-        role = general(parameter.role)  # what the default recipe names
+        role = "kept" if parameter.role == "kept" else recipe.entry(parameter.role)[0]
         counts[role] = counts.get(role, 0) + math.prod(parameter.shape)
     planned = {role.role: role.parameters for role in made.roles}
     assert {role: n for role, n in planned.items() if role != "kept"} == {
@@ -379,9 +380,9 @@ def test_relatives_of_the_family_go_by_a_name_of_their_own(tmp_path: Path) -> No
     config["vision_config"]["out_hidden_size"] = 5120
     (tmp_path / "config.json").write_text(json.dumps(config))
     made = plan.make(spec_of(f"--target onnx --checkpoint {tmp_path}"))
-    assert made.name == "qwen3.5-custom-onnx-int4" and made.num_layers == 64
+    assert made.name == "qwen3.5-custom-onnx-int4-mlp" and made.num_layers == 64
     assert made.num_parameters == pytest.approx(27e9, rel=0.03)
-    assert plan.make(spec_of(f"{ONNX} 27b --checkpoint {tmp_path}")).name == "qwen3.5-27b-onnx-int4"
+    assert plan.make(spec_of(f"{ONNX} 27b --checkpoint {tmp_path}")).name == "qwen3.5-27b-onnx-int4-mlp"
     with pytest.raises(UsageError, match=r"--size 9b: .*hidden_size 5120, 9b has 4096; .*called custom\), or give it"):
         plan.make(spec_of(f"{ONNX} 9b --checkpoint {tmp_path}"))
     with pytest.raises(UsageError, match=r"--size 27B!: a size's name has small letters, digits, dots and dashes"):
@@ -390,8 +391,8 @@ def test_relatives_of_the_family_go_by_a_name_of_their_own(tmp_path: Path) -> No
 
 def test_the_size_of_a_published_hub_id_is_known_and_of_another_one_asked_for() -> None:
     assert spec_of("--target onnx --checkpoint Qwen/Qwen3.5-4B").size == "4b"
-    assert spec_of("--target onnx --checkpoint Qwen/Qwen3.5-0.8B-Base").name == "qwen3.5-0.8b-base-onnx-int4"
-    assert spec_of("--target onnx --checkpoint modelscope:Qwen/Qwen3.5-2B-Base").name == "qwen3.5-2b-base-onnx-int4"
+    assert spec_of("--target onnx --checkpoint Qwen/Qwen3.5-0.8B-Base").name == "qwen3.5-0.8b-base-onnx-int4-mlp"
+    assert spec_of("--target onnx --checkpoint modelscope:Qwen/Qwen3.5-2B-Base").name == "qwen3.5-2b-base-onnx-int4-mlp"
     with pytest.raises(UsageError, match=r"--base: Qwen/Qwen3.5-2B is the instruct model; give Qwen/Qwen3.5-2B-Base"):
         spec_of("--target onnx --checkpoint Qwen/Qwen3.5-2B --base")
     with pytest.raises(UsageError, match=r"--size is missing: what me/tuned holds is only known after its download"):

@@ -190,7 +190,7 @@ def test_bundles_answer_as_transformers_does(
 
 def test_the_page_tells_what_the_commands_print(page: Page) -> None:
     """Sizes of --dry-run, the ladder of `validate`, the answer of `run`, two bundles side by side."""
-    assert "would build qwen3.5-tiny-onnx-int4" in page.result("--dry-run").out
+    assert "would build qwen3.5-tiny-onnx-int4-mlp" in page.result("--dry-run").out
     ladder = page.result("validate my-adapter-bundle").out
     for check in ("L0.whole_model", "L1.logits", "L2.mismatches", "L3.own_kl"):
         assert re.search(rf"^{re.escape(check)} .*PASS", ladder, re.MULTILINE), ladder
@@ -198,7 +198,7 @@ def test_the_page_tells_what_the_commands_print(page: Page) -> None:
     assert "note: an answer stops at <|im_end|>" in page.result("-o my-bundle").err
     assert page.result("--prompt").out == "At nine.\n"
     side_by_side = page.result("my-bundle my-small-bundle").out.splitlines()[0]
-    assert side_by_side.split() == ["qwen3.5-tiny-onnx-int8", "qwen3.5-tiny-onnx-int4"]
+    assert side_by_side.split() == ["qwen3.5-tiny-onnx-int8", "qwen3.5-tiny-onnx-int4-mlp"]
 
 
 def test_an_export_that_forgot_the_fine_tune_would_be_seen(page: Page, truths: dict[str, str]) -> None:
