@@ -8,7 +8,7 @@ lowerings must fail here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -19,7 +19,7 @@ from export.chat.conversation import Contract
 from export.model import state
 from export.model.positions import splice
 from export.quantize.quantizer import Quantizer
-from export.quantize.recipe import general
+from export.quantize.recipe import Setting, general
 from export.validate import costs, metrics, reference, rounding
 from export.validate.answers import own_answers, task_accuracy, text_runner
 from export.validate.case import Case, Rung, make_plan
@@ -284,13 +284,18 @@ def _chunking(case: Case, session: Session, rows: NDArray[Any]) -> float:
 
 
 def quality(case: Case, role: str | None = None) -> str:
-    """Which row of the gates a bundle is held to, or the weights of one general role in it: that of the narrowest
-    weights that it really has, or of the runtime's activations where nothing is quantised.
-    """
+    """Which row of the gates a bundle is held to by the weights that it really has, or those of one general role."""
     quantizer = Quantizer(case.weights, case.recipe)
     names = [name for name, p in case.weights.parameters.items() if role is None or general(p.role) == role]
-    bits = min(setting.bits if (setting := quantizer.setting(name)) else 32 for name in names)
-    return "int4" if bits <= 4 else "int8" if bits <= 8 else "fp32" if case.floats == "float32" else "fp16"
+    return row((quantizer.setting(name) for name in names), case.floats)
+
+
+def row(settings: Iterable[Setting | None], floats: str) -> str:
+    """Which row of the gates weights that are stored so are held to: that of the narrowest, or of the runtime's
+    activations, of dtype `floats`, where none is quantised.
+    """
+    bits = min(32 if setting is None else setting.bits for setting in settings)
+    return "int4" if bits <= 4 else "int8" if bits <= 8 else "fp32" if floats == "float32" else "fp16"
 
 
 def climb(case: Case, rungs: tuple[str, ...] = RUNGS, on_rung: Callable[[str], None] = lambda r: None) -> list[Rung]:
