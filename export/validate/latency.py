@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from export.chat.conversation import chunks
 from export.checkpoint.base import Checkpoint
+from export.checkpoint.weights import VISION
 from export.model.config import FULL, ModelConfig
 from export.model.state import cache_rows
-from export.validate.transformers_model import hf_config, on_meta, without_deprecations
+from export.validate.transformers_model import cut, hf_config, on_meta, without_deprecations
 
 BUFFER_BYTES = 2**30
 WARMUP_STEPS = 4
@@ -121,13 +122,17 @@ class Workload:
         self._session.run("decode" if length is None else f"prefill_{length}", inputs)
 
 
-def measure_speed(work: Workload, threads: int, runs: int, steps: int) -> dict[str, Any]:
-    """Prefill, `runs` times, then `steps` decode steps in a row."""
-    prefill_seconds = timed(work.prefill, runs, 1)
-    decode_seconds = timed(work.step, steps, WARMUP_STEPS)
+def measure_speed(work: Workload, threads: int, runs: int, steps: int, *, warm: bool = True) -> dict[str, Any]:
+    """Prefill, `runs` times, then `steps` decode steps in a row; `warm`: each behind some that do not count."""
+    before, steps_before = (1, WARMUP_STEPS) if warm else (0, 0)
+    prefill_seconds = timed(work.prefill, runs, before)
+    decode_seconds = timed(work.step, steps, steps_before)
     return {
-        "prefill": {**summary(prefill_seconds, work.prompt_tokens, 1, threads), "prompt_tokens": work.prompt_tokens},
-        "decode": summary(decode_seconds, 1, WARMUP_STEPS, threads),
+        "prefill": {
+            **summary(prefill_seconds, work.prompt_tokens, before, threads),
+            "prompt_tokens": work.prompt_tokens,
+        },
+        "decode": summary(decode_seconds, 1, steps_before, threads),
     }
 
 
@@ -172,12 +177,14 @@ def measure_reference(
         return None
     from transformers import Qwen3_5ForConditionalGeneration
 
-    settings = hf_config(checkpoint, config)
+    settings = cut(hf_config(checkpoint, config), config.text.layer_types, vision=config.vision is not None)
     model = on_meta(lambda: Qwen3_5ForConditionalGeneration(settings))
     size = 4 * sum(p.numel() for p in model.parameters())
     if size > 0.5 * psutil.virtual_memory().available:
         return None
     names = {name for name, _ in model.named_parameters()} - {"lm_head.weight"}
+    if config.vision is None:  # a decoder saved alone has no tensors of the encoder, and no picture is shown
+        names = {name for name in names if not name.startswith(VISION)}
     if not config.text.tie_word_embeddings:
         names.add("lm_head.weight")
     model = model.to_empty(device="cpu")
