@@ -31,6 +31,7 @@ from export.chat.template import load_tokenizer
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.checkpoint.weights import Weights
 from export.model.session import Model, TorchSession
+from export.pace import Pace
 from export.quantize.recipe import load_recipe
 from export.sizes import CUSTOM, TINY, shipped_tiny
 from export.spec import ExportSpec, UsageError
@@ -67,11 +68,8 @@ class Silent:
     """A pipeline's progress that says nothing."""
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Silent]:
-        yield self
-
-    def advance(self, count: int) -> None:
-        """Nobody is told."""
+    def stage(self, name: str, total: float | None = None) -> Iterator[Pace]:
+        yield Pace()
 
     def notice(self, text: str) -> None:
         """Nobody is told."""
