@@ -132,7 +132,7 @@ def validate(options: argparse.Namespace) -> int:
     """
     from export import compare
     from export.report import comparison
-    from export.validate import golden, judge
+    from export.validate import bench, golden, judge
 
     torch.set_num_threads(options.threads)
     page = options.report is not None and options.report.suffix.lower() == ".html"
@@ -159,7 +159,9 @@ def validate(options: argparse.Namespace) -> int:
         # One after the other, after all ladders: the speed of a shared host changes with time.
         for bundle, report in zip(bundles, reports, strict=True):
             with reporter.stage(f"measure {bundle.path.name}"):
-                report.setdefault("latency", {})["bundle"] = compare.measure_apart(bundle, options.threads)
+                report.setdefault("latency", {})["bundle"] = bench.measure_apart(
+                    bundle.path, bundle.manifest, options.threads
+                )
     if options.update:
         bundles = [update(bundles[0], reports[0])]
     columns = compare.columns(bundles, reports)
@@ -216,8 +218,8 @@ def _climb(
     from export.validate.ladder import RUNGS
     from targets import load_target
 
-    def stage(name: str) -> Any:
-        return reporter.stage(name if alone else f"{name} of {bundle.path.name}")
+    def stage(name: str, total: float | None = None) -> Any:
+        return reporter.stage(name if alone else f"{name} of {bundle.path.name}", total)
 
     return judge.judge(
         checkpoint,
@@ -339,12 +341,12 @@ def _answer(
 
 def bench(options: argparse.Namespace) -> int:
     """Print prefill and decode speed, memory, and the share of the bandwidth bound."""
-    from export.validate import judge
+    from export.validate.bench import measure_bundle, measure_operators
     from targets import load_target
 
     bundle = Bundle.open(options.bundle, verify=options.verify)
     target = load_target(bundle.manifest["target"]["name"])
-    entry = judge.measure_bundle(
+    entry = measure_bundle(
         target,
         bundle.path,
         bundle.manifest,
@@ -354,7 +356,7 @@ def bench(options: argparse.Namespace) -> int:
         steps=options.steps,
     )
     prompt = entry["prefill"]["prompt_tokens"]
-    entry["operators"] = judge.measure_operators(target, bundle.path, bundle.manifest, options.threads, prompt)
+    entry["operators"] = measure_operators(target, bundle.path, bundle.manifest, options.threads, prompt)
     _print(json.dumps(entry) if options.json else f"{bench_table(entry)}\n{operator_table(entry['operators'])}")
     return 0
 

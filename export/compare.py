@@ -1,17 +1,14 @@
-"""Several bundles in one `validate`: which may stand side by side, what they are called, how they are measured."""
+"""Several bundles in one `validate`: which may stand side by side, what they are called, where their report may lie."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from export.bundle.reader import Bundle
 from export.report.comparison import Column
-from export.spec import ExportError, UsageError
+from export.spec import UsageError
 
 
 def open_bundles(paths: Sequence[Path]) -> list[Bundle]:
@@ -69,32 +66,6 @@ def names(bundles: Sequence[Bundle]) -> list[str]:
 def columns(bundles: Sequence[Bundle], reports: Sequence[dict[str, Any]]) -> list[Column]:
     found = zip(names(bundles), bundles, reports, strict=True)
     return [Column(name, bundle.path, bundle.manifest, report) for name, bundle, report in found]
-
-
-def measure_apart(bundle: Bundle, threads: int) -> dict[str, Any]:
-    """Speed, load time and peak memory of a bundle, as `bench` measures them, in a fresh process.
-
-    In the process that climbed the ladder the heap has grown already and hides what a bundle needs: there the
-    peaks of the tiny bundles read 0.3 MiB, here 38 MiB.
-
-    Raises:
-        ExportError: the process was killed.
-    """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(_measure, bundle.path, bundle.manifest, threads).result()
-        except BrokenProcessPool as error:
-            raise ExportError(
-                f"the process that measured {bundle.path} was killed, likely for lack of memory; close other "
-                "programs, or leave the measurement out with --rung"
-            ) from error
-
-
-def _measure(path: Path, manifest: dict[str, Any], threads: int) -> dict[str, Any]:
-    from export.validate.judge import measure_bundle
-    from targets import load_target
-
-    return measure_bundle(load_target(manifest["target"]["name"]), path, manifest, threads)
 
 
 def check_report(report: Path, bundles: Sequence[Path]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +16,7 @@ from export.chat.sidecars import write_tokenizer
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
+from export.pace import Pace
 from export.quantize.conditioned import weights_for
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe, general, load_recipe
@@ -29,14 +30,10 @@ from targets.base import Finding, Job, Lowered, Target, grouped, refuse
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "executorch", "coremltools", "qwen35-mobile")
 
 
-class Bar(Protocol):
-    def advance(self, count: int) -> None: ...
-
-
 class Progress(Protocol):
     """What the pipeline tells the user; see `export.progress`."""
 
-    def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Bar]: ...
+    def stage(self, name: str, total: float | None = None) -> AbstractContextManager[Pace]: ...
     def notice(self, text: str) -> None: ...
 
 
@@ -81,8 +78,9 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
         tokenizer = sidecars.manifest
         sizes = spec.image_sizes if config.vision is not None else ()
         if target.capabilities.floats == "float16":
-            with progress.stage("streams"):
-                scale = streams.measure(weights, streams.prompts(weights.config, writer.path, sizes)).scale
+            with progress.stage("streams", total=config.text.num_hidden_layers) as pace:
+                prompts = streams.prompts(weights.config, writer.path, sizes)
+                scale = streams.measure(weights, prompts, pace.advance).scale
             weights = scaled(weights, scale)
         quantizer = Quantizer(weights, recipe, target.capabilities.smallest_scale)
         with progress.stage("lower", total=num_parameters(weights)) as bar:
@@ -253,6 +251,3 @@ def built_with() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-Stage = Callable[..., AbstractContextManager[Bar]]

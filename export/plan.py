@@ -220,17 +220,18 @@ def peak_bytes(
     peak = RUNTIME_BYTES + SCALE_COPIES * scales
     if recipe.conditioning.rotate:  # one matrix that writes into the residual stream
         peak += max(4 * math.prod(shape) for name, shape in shapes.items() if ".mlp.down_proj." in name)
+    layers: dict[str, int] = {}
+    for name, shape in shapes.items():
+        layer = ".".join(name.split(".")[:4])
+        layers[layer] = layers.get(layer, 0) + 4 * math.prod(shape)
+    largest = max(size for layer, size in layers.items() if ".layers." in layer)
+    if able.floats == "float16":  # streams are measured in float32, with one layer or all of the encoder in memory
+        peak += max(largest, sum(4 * math.prod(s) for n, s in shapes.items() if n.startswith("model.visual.")))
     if spec.target == "executorch" and spec.skip_validation:
         peak += RUNTIME_BYTES + weight_bytes  # of the process that tries every method out
     if not spec.skip_validation:
         # The bundle's runtime holds all weights (an emulator as float32, up to a limit), next to one fp32 layer of the
         # reference and both states.
-        layers: dict[str, int] = {}
-        for name, shape in shapes.items():
-            layer = ".".join(name.split(".")[:4])
-            layers[layer] = layers.get(layer, 0) + 4 * math.prod(shape)
-        layers.pop("model.language_model.embed_tokens.weight", None)  # only its used rows are read
-        largest = max(size for layer, size in layers.items() if ".layers." in layer)
         held = weight_bytes
         if able.emulated_bytes:
             held = min(4 * sum(map(math.prod, shapes.values())), able.emulated_bytes)

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 
+from export.pace import Pace
+
 SAMPLE_SECONDS = 0.1
-
-
-class Bar(Protocol):
-    """Where a stage reports how far it is."""
-
-    def advance(self, count: int) -> None:
-        """`count` more units of the stage's total are done."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +31,6 @@ class StageRecord:
     name: str
     seconds: float
     peak_bytes: int
-
-
-class _Callback:
-    def __init__(self, callback: Callable[[int], None]) -> None:
-        self._callback = callback
-
-    def advance(self, count: int) -> None:
-        self._callback(count)
 
 
 class MemorySampler(threading.Thread):
@@ -93,6 +81,15 @@ def _lifetime_peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def remaining(pace: Pace) -> str:
+    """The rest in words: "about 1:20 left", and nothing before it is known."""
+    rest = pace.remaining
+    if rest is None:
+        return ""
+    minutes, seconds = divmod(math.ceil(rest), 60)
+    return f"about {minutes}:{seconds:02} left"
+
+
 def quiet_libraries() -> None:
     """Silence transformers' advice to install GPU kernels: here it is only the reference, and meant to be slow.
 
@@ -115,14 +112,15 @@ class Reporter:
         quiet_libraries()
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Bar]:
-        """A stage of the work; `total` is in the units that `advance` counts."""
+    def stage(self, name: str, total: float | None = None) -> Iterator[Pace]:
+        """A stage of the work, in parts or with a `total` in the units that `advance` counts."""
         sampler, begin = MemorySampler(), time.perf_counter()
         sampler.start()
         self._event("start", stage=name, total=total)
+        pace = Pace()
         try:
-            with self._bar(name, total) as bar:
-                yield bar
+            with self._shown(name, pace), pace.part(name, total) if total is not None else nullcontext():
+                yield pace
         finally:
             record = StageRecord(name, time.perf_counter() - begin, sampler.stop())
             self.stages.append(record)
@@ -141,28 +139,33 @@ class Reporter:
             sys.stderr.flush()
 
     @contextmanager
-    def _bar(self, name: str, total: int | None) -> Iterator[Bar]:
+    def _shown(self, name: str, pace: Pace) -> Iterator[None]:
+        """A bar with the remaining time on a terminal, elsewhere one line."""
         if self.quiet or self.json_lines:
-            yield _Callback(lambda count: None)
+            yield
             return
         if not sys.stderr.isatty():
             sys.stderr.write(f"{name} …\n")
-            yield _Callback(lambda count: None)
+            yield
             return
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+        from rich.text import Text
 
-        columns = (
-            TextColumn("{task.description:<14}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-        )
+        class Rest(ProgressColumn):
+            """Asked several times a second, and whenever the part moves on."""
+
+            def render(self, task: Task) -> Text:
+                share = pace.share
+                if not task.finished and share is not None:
+                    display.update(task.id, total=1.0, completed=min(share, 0.999))
+                return Text(remaining(pace) if not task.finished else "")
+
+        columns = (TextColumn("{task.description:<14}"), BarColumn(), TimeElapsedColumn(), Rest())
         with Progress(*columns, console=Console(stderr=True)) as display:
-            task = display.add_task(name, total=total)
-            yield _Callback(lambda count: display.advance(task, count))
-            if total is not None:
-                display.update(task, completed=total)
+            task = display.add_task(name, total=None)
+            yield
+            display.update(task, total=1.0, completed=1.0)
 
     def table(self) -> str:
         """Time and peak memory of every stage, for the end of an export."""

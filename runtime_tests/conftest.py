@@ -17,7 +17,7 @@ from export.model.config import ModelConfig
 from export.quantize.conditioned import weights_for
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
-from export.validate import latency, reference
+from export.validate import bench, latency, reference
 from export.validate.case import Rung, make_plan
 from export.validate.lowered import compare_files
 from export.validate.probe import make_probe
@@ -86,8 +86,11 @@ def hints_once() -> Iterator[None]:
 
 @pytest.fixture
 def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bandwidth of memory is read over 16 MiB, for tests that ask nothing of it: 2 GiB take seconds to fill."""
+    """For tests that ask nothing of speed: the bandwidth of memory is read over 16 MiB, because 2 GiB take seconds to
+    fill, and a bundle is measured in this process, because another one takes seconds to import torch.
+    """
     monkeypatch.setattr(latency, "BUFFER_BYTES", 2**24)
+    monkeypatch.setattr(bench, "measure_apart", bench.measure_here)
 
 
 BASE: dict[str, Any] = {

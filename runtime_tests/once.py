@@ -20,6 +20,7 @@ from export.model import trace
 from export.model.session import TorchSession
 from export.validate import answers, dialogues, reference, teacher
 from export.validate.chats import Chat
+from export.validate.reference import Pass
 from export.validate.teacher import Reading
 
 
@@ -62,9 +63,9 @@ class Memory:
         """What transformers computes of a checkpoint."""
 
         def remembered(name: str, right: Callable[..., Any]) -> Callable[..., Any]:
-            def judged(checkpoint: Any, config: Any, *inputs: Any) -> Any:
+            def judged(checkpoint: Any, config: Any, *inputs: Any, **told: Any) -> Any:
                 key = name, checkpoint.content_key(), config, *map(digest, inputs)
-                return self.once(key, lambda: right(checkpoint, config, *inputs))
+                return self.once(key, lambda: right(checkpoint, config, *inputs, **told))
 
             return judged
 
@@ -76,13 +77,13 @@ class Memory:
         """What our modules compute, layer by layer, of a checkpoint. Not where they are what is tested."""
 
         def remembered(name: str, right: Callable[..., Any]) -> Callable[..., Any]:
-            def compared(weights: Any, *inputs: Any) -> Any:
+            def compared(weights: Any, *inputs: Any, **told: Any) -> Any:
                 key = name, type(weights), weights.checkpoint.content_key(), weights.config, *map(digest, inputs)
-                return self.once(key, lambda: right(weights, *inputs))
+                return self.once(key, lambda: right(weights, *inputs, **told))
 
             return compared
 
-        for name in ("own_sequence", "own_vision"):
+        for name in ("own_sequences", "own_vision"):
             patch.setattr(reference, name, remembered(name, getattr(reference, name)))
         patch.setattr(dialogues, "reference_answers", remembered("answers", dialogues.reference_answers))
 
@@ -110,6 +111,6 @@ def digest(value: Any) -> Any:
     """A key of the same content: that of arrays is short."""
     if isinstance(value, np.ndarray):
         return value.shape, str(value.dtype), hashlib.sha256(value.tobytes()).hexdigest()
-    if isinstance(value, Reading | Chat):
+    if isinstance(value, Reading | Chat | Pass):
         return tuple(digest(getattr(value, field.name)) for field in fields(value))
     return tuple(map(digest, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value

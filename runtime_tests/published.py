@@ -1,7 +1,7 @@
-"""Checkpoint folders as the published ones are, with random weights: true widths and vocabulary, two layers.
+"""Checkpoint folders as the published ones are, with random weights: true widths and vocabulary, two layers or all.
 
 config.json, the layout of the weights (bfloat16 shards with an index, the unused `mtp.*` head among them) and the files
-beside them are those of a published checkpoint; there is no generation_config.json. Of the layers one is a DeltaNet
+beside them are those of a published checkpoint; there is no generation_config.json. Of two layers one is a DeltaNet
 and one has full attention. Rows are written as they are drawn, so that no tensor is held whole.
 """
 
@@ -46,12 +46,16 @@ SHARD_BYTES = 300_000_000
 IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def config(size: str, *, cut: bool = False) -> dict[str, Any]:
-    """The published config.json of a size, with DEPTH layers; `cut`: with CUT_ROWS rows, and tiny's ids inside."""
+def config(size: str, *, cut: bool = False, whole: bool = False) -> dict[str, Any]:
+    """The published config.json of a size, with DEPTH layers, or all of them if it is to be `whole`; `cut`: with
+    CUT_ROWS rows, and tiny's ids inside.
+    """
     document: dict[str, Any] = copy.deepcopy(dict(get_size(size).config or {}))
     text = document["text_config"]
-    text |= {"num_hidden_layers": DEPTH, "layer_types": [LINEAR, FULL], "dtype": "bfloat16"}
-    document["vision_config"]["depth"] = DEPTH
+    text["dtype"] = "bfloat16"
+    if not whole:
+        text |= {"num_hidden_layers": DEPTH, "layer_types": [LINEAR, FULL]}
+        document["vision_config"]["depth"] = DEPTH
     if cut:
         tiny = json.loads((shipped_tiny() / "config.json").read_text(encoding="utf-8"))
         document |= {name: tiny[name] for name in IDS}
@@ -59,10 +63,10 @@ def config(size: str, *, cut: bool = False) -> dict[str, Any]:
     return document
 
 
-def write(folder: Path, size: str, *, cut: bool = False) -> Path:
+def write(folder: Path, size: str, *, cut: bool = False, whole: bool = False) -> Path:
     """Write the checkpoint of a size into a new folder, which is returned."""
     folder.mkdir()
-    document = config(size, cut=cut)
+    document = config(size, cut=cut, whole=whole)
     _dump(folder / "config.json", document)
     _dump(folder / "preprocessor_config.json", _preprocessor(document["vision_config"]))
     (folder / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n\n# {get_size(size).hub_id}\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from export.__main__ import main as export
 from export.bundle.reader import Bundle
 from export.quantize.recipe import names
 from export.spec import ExportError
-from export.validate import judge
+from export.validate import bench
 from targets import load_target
 
 CONTEXT, PROMPT, STEPS = 1024, 512, 96
@@ -50,7 +50,7 @@ def speed(path: Path, threads: int) -> tuple[float, float]:
     """Tokens a second of a prompt of 512 tokens and of decode behind it, medians."""
     bundle = Bundle.open(path, verify=False)
     target = load_target(bundle.manifest["target"]["name"])
-    found: dict[str, Any] = judge.measure_bundle(target, path, bundle.manifest, threads, 3, PROMPT, STEPS)
+    found: dict[str, Any] = bench.measure_bundle(target, path, bundle.manifest, threads, 3, PROMPT, STEPS)
     return found["prefill"]["tokens_per_s_median"], found["decode"]["tokens_per_s_median"]
 
 

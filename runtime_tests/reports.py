@@ -14,6 +14,7 @@ import numpy as np
 from export.validate.gates import GATES, RECORDED, Check
 
 GOLDEN = Path(__file__).parent.parent / "export" / "bundle" / "golden"
+TALKED = ("own_kl", "given_kl")
 ANSWERS = [
     {"question": "What is <b>written</b>?", "reference": "K7 & P3", "bundle": "K7 & P4", "picture": True},
     {"question": "12+30=", "reference": "42", "bundle": "42", "picture": False},
@@ -63,6 +64,10 @@ def report(layers: int = 32, seed: int = 0, measured: str = "host", gate_quality
             for kind in pair
         }
 
+    talks = [f"conversation {n}" for n in range(16)]
+    talked = {"chats": talks, **{name: [float(x) for x in random.lognormal(-4, 1, 16)] for name in TALKED}}
+    emulation = {"text_stream": [float(2**n) for n in range(12)], "vision_stream": [80.0, 300.0, 2390.0]}
+
     def quality(name: str, value: float, kind: str = "int4") -> Check:
         return made(f"L3.{name}", value, f"L3.{kind}.{name}", gate_quality)
 
@@ -111,7 +116,11 @@ def report(layers: int = 32, seed: int = 0, measured: str = "host", gate_quality
                 made("L3.drift_context", 1024),
                 quality("own_kl", 0.05),
             ],
-            {"kl": kl, "rows": list(range(231)), "drift_kl": drift, "states": states(1e-2), "answers": ANSWERS},
+            {
+                **{"kl": kl, "rows": list(range(231)), "drift_kl": drift, "states": states(1e-2), "answers": ANSWERS},
+                **talked,
+                **(emulation if measured == "emulated" else {}),
+            },
         ),
     }
     return {

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from export.__main__ import main
+from export.pace import Pace
 from export.quantize.recipe import load_recipe
 from export.validate import judge, reference
 from export.validate.amounts import Amounts
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread", "traced_once", "hints_once")
 
 
 @contextmanager
-def silent(name: str) -> Iterator[None]:
-    yield
+def silent(name: str, total: float | None = None) -> Iterator[Pace]:
+    yield Pace()
 
 
 @pytest.mark.parametrize("target", ["onnx", "executorch"])
@@ -79,9 +80,9 @@ def test_bundles_of_one_checkpoint_need_l0_once(
     asked: list[Any] = []
     right = reference.hf_sequence
 
-    def counted(*inputs: Any) -> Any:
+    def counted(*inputs: Any, **told: Any) -> Any:
         asked.append(inputs)
-        return right(*inputs)
+        return right(*inputs, **told)
 
     monkeypatch.setattr(reference, "hf_sequence", counted)
     words = ["--rung", "L0", "--json", "--quiet", "--threads", "1"]

@@ -22,7 +22,7 @@ from export.__main__ import main
 from export.bundle.reader import Bundle
 from export.report import comparison
 from export.spec import ExportError, UsageError
-from export.validate import judge
+from export.validate import bench, judge
 from export.validate.gates import GATES, Gate
 
 pytestmark = pytest.mark.usefixtures("one_thread", "traced_once", "judged_once", "compared_once")
@@ -232,6 +232,6 @@ def test_a_killed_measurement_says_so(pair: list[Path], monkeypatch: pytest.Monk
 
         yield Pool()
 
-    monkeypatch.setattr(compare, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", pool)
     with pytest.raises(ExportError, match=r"measured \S+int4 was killed, likely for lack of memory; close other"):
-        compare.measure_apart(Bundle.open(pair[0]), 1)
+        bench.measure_apart(pair[0], Bundle.open(pair[0]).manifest, 1)

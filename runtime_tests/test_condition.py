@@ -83,7 +83,7 @@ class Model:
             metrics.relative(s, states[n][:, : s.shape[1]]) for n, s in self.states.items()
         )
         for embeddings in self.seen:
-            found["vision"] = metrics.relative(turned(embeddings), reference.own_vision(weights, self.picture))
+            found["vision"] = metrics.relative(turned(embeddings), reference.own_vision(weights, [self.picture])[0])
         return found
 
 

@@ -20,6 +20,7 @@ import pytest
 
 from export import commands
 from export.__main__ import main
+from export.pace import Pace
 from export.quantize.recipe import load_recipe
 from export.report import card, comparison, page
 from export.validate import drift, judge
@@ -48,8 +49,8 @@ WARNING = Finding("overflow", "warning", "a.mlpackage", "decode", "add_1", "a te
 
 
 @contextmanager
-def silent(name: str) -> Iterator[None]:
-    yield
+def silent(name: str, total: float | None = None) -> Iterator[Pace]:
+    yield Pace()
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ class Small:
 def small(weights: Weights, text: list[int] | None = None) -> Small:
     """Weights and what they answer on a probe of random or given tokens."""
     probe = make_probe(weights.config, TOKENS, (SIZE,), text=text)
-    images = [reference.own_vision(weights, image) for image in probe.images]
+    images = reference.own_vision(weights, probe.images)
     rows = reference.embed(weights.checkpoint, probe.ids)
     rows = splice(rows, probe.ids, weights.config.image_token_id, images)
     plan, cache = make_plan(TOKENS, LENGTHS), state.cache_rows(TOKENS, LENGTHS)

@@ -17,9 +17,12 @@ import pytest
 
 from export.__main__ import main
 from export.bundle.reader import Bundle
+from export.checkpoint import open_checkpoint
+from export.spec import ExportSpec
+from export.validate import bench, judge, latency
 from runtime_tests.once import Memory
 from targets import load_target
-from targets.to_onnx import graph, operators
+from targets.to_onnx import OnnxTarget, graph, operators
 from targets.to_onnx.session import OnnxSession
 
 pytestmark = pytest.mark.usefixtures("one_thread", "traced_once", "judged_once", "compared_once")
@@ -232,6 +235,40 @@ def test_bench_prints_what_it_measured(plain: Path, capsys: pytest.CaptureFixtur
         assert 0 < share["share"] < 1
     assert main([*words[:-1], "1024"]) == 2
     assert "--prompt-tokens 1024: the bundle's context of 1024 must hold" in capsys.readouterr().err
+
+
+def test_an_export_measures_its_bundle_in_a_process_of_its_own(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the process of the ladder the peak of memory would be what the ladder took, less what it had before: 0."""
+    asked: list[Any] = []
+
+    def apart(folder: Path, manifest: dict[str, Any], threads: int) -> dict[str, Any]:
+        asked.append((folder, manifest["name"], threads))
+        return {"prefill": {"prompt_tokens": 100}, "peak_memory_bytes": 7 * 2**20}
+
+    monkeypatch.setattr(bench, "measure_apart", apart)
+    bundle = Bundle.open(plain)
+    checkpoint = open_checkpoint(ExportSpec(target="onnx", size="tiny"))
+    found = judge.measure(checkpoint, checkpoint.model_config, plain, bundle.manifest, 1)
+    assert asked == [(plain, bundle.manifest["name"], 1)]
+    assert found["bundle"]["peak_memory_bytes"] == 7 * 2**20
+    assert found["reference"]["prefill"]["prompt_tokens"] == 100
+
+
+def test_an_emulation_is_timed_once_and_the_runtime_after_warming_up(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = Bundle.open(plain).manifest
+    monkeypatch.setattr(OnnxTarget, "measured", "emulated")
+    once = bench.measure_here(plain, manifest, 1)
+    assert [(once[name]["runs"], once[name]["warmups"]) for name in ("prefill", "decode")] == [(1, 0), (1, 0)]
+    assert once["bandwidth"] == {} and once["decode"]["source"] == "emulated"
+    monkeypatch.setattr(OnnxTarget, "measured", "host")
+    monkeypatch.setattr(latency, "BUFFER_BYTES", 2**24)
+    often = bench.measure_here(plain, manifest, 1)
+    assert [(often[name]["runs"], often[name]["warmups"]) for name in ("prefill", "decode")] == [(3, 1), (24, 4)]
+    assert often["decode_bytes"] > once["decode_bytes"], "behind the same prompt, but half of 24 steps later"
 
 
 def test_reports_stay_out_of_the_bundle(plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

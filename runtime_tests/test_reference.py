@@ -65,7 +65,7 @@ def test_own_modules_equal_transformers_after_chunks_images_and_steps(checkpoint
     assert metrics.relative(truth, own) < LIMIT
     assert max(state_errors(config, states, own_states, tokens).values()) < LIMIT
     for image, expected in zip(probe.images, reference.hf_vision(checkpoint, config, probe.images), strict=True):
-        assert metrics.relative(expected, reference.own_vision(weights, image)) < LIMIT
+        assert metrics.relative(expected, reference.own_vision(weights, [image])[0]) < LIMIT
 
 
 def test_512_decode_steps_do_not_drift(small: Any) -> None:

@@ -71,6 +71,7 @@ def test_the_page_begins_with_what_a_reader_wants() -> None:
         "One question",
         "Checks",
         "Tensors that rounding changed most",
+        "Conversations that came out worst",
         "Where it differs",
     ]
     order = ("Accepted:", "4.66 billion parameters", "Context", "Size", "Memory", "multiply-acc", "38.0", "11.0")
@@ -215,7 +216,7 @@ def test_without_answers_tensors_and_speed_their_sections_are_absent() -> None:
     found = report()
     del found["rungs"]["L3"]["series"]["answers"], found["rungs"]["L2"]["series"]["tensor_errors"], found["latency"]
     headings = [text for level, text in Seen(page.render(manifest(), found)).headings if level == 2]
-    assert headings == ["The bundle", "Checks", "Where it differs"]
+    assert headings == ["The bundle", "Checks", "Conversations that came out worst", "Where it differs"]
     bare = Seen(page.render({**manifest(), "files": []}, None))
     assert [text for level, text in bare.headings if level == 2] == ["The bundle"]
     assert "Size" not in bare.text and "the files and 153 MB for the states" in bare.text
@@ -243,6 +244,29 @@ def test_the_ten_worst_tensors_are_ranked() -> None:
     names = re.findall(r"(?:decoder|vision)\.\S+", table)
     assert names[:3] == ["vision.patch.weight", "decoder.head.weight", "decoder.layers.31.mlp.up.weight"]
     assert len(names) == 10 and "width: nan" not in page.render(manifest(), found)
+
+
+def test_the_ten_worst_conversations_are_ranked() -> None:
+    found = report()
+    series = found["rungs"]["L3"]["series"]
+    series |= {"chats": [f"talk {n}" for n in range(12)], "own_kl": [0.01 * n for n in range(12)]}
+    series |= {"given_kl": [0.5] * 12}
+    series["own_kl"][3] = "nan"
+    text = page.render(manifest(), found)
+    seen = Seen(text).text
+    table = seen[seen.index("Conversations that came out worst") : seen.index("Where it differs")]
+    assert "The worst 10 of\n12" in table
+    assert re.findall(r"talk \d+", table) == [f"talk {n}" for n in (3, 11, 10, 9, 8, 7, 6, 5, 4, 2)]
+    assert table.split()[table.split().index("3") :][:3] == ["3", "inf", "0.5"]
+    del series["given_kl"]
+    assert "–" in Seen(page.render(manifest(), found)).text, "where the reference did not fit the memory"
+
+
+def test_streams_in_float16_are_drawn_over_layers() -> None:
+    drawn = Seen(page.render(manifest(golden="coreml-stages"), report(measured="emulated")))
+    captions = " ".join(" ".join(each["aria-label"] or "" for each in drawn.of("svg")).split())
+    assert "float16 ends at 65,504. text: median 48, largest 2e+03 at layer 11. pictures: median 3e+02" in captions
+    assert "float16 ends" not in passing()
 
 
 def test_states_of_32_layers_are_drawn_by_kind_over_the_layer() -> None:
@@ -302,7 +326,9 @@ def test_the_comparison_names_the_smallest_and_the_closest() -> None:
     assert (said.status, said.word) == ("OPEN", "Not judged as a whole")
     assert "Only L2 of the ladder was checked for all." in said.sentence
     spoil(three[2].report, "L3.top1", 0.0)
-    assert comparison.verdict(three).sentence.startswith("1 of 3 bundles failed a gate: three.")
+    said = comparison.verdict(three).sentence
+    assert said.startswith("1 of 3 bundles failed a gate: three. The smallest of the others is two (1 kB on disk)")
+    assert said.endswith("the closest to the original two (KL 0.05 nats)."), "no failed bundle is recommended"
     seen = Seen(comparison.render(three))
     assert [text for level, text in seen.headings if level == 2][:3] == [
         "The bundles", "On this host", "L0: Is our model the original?",

@@ -108,7 +108,7 @@ def test_our_modules_really_compute_in_float64(model: MemoryCheckpoint) -> None:
     assert 1e-7 < max(single.values()) < 1e-4
     assert max(double.values()) < 1e-12
     picture = make_probe(model.model_config, 80, SIZES).images[0]
-    assert 1e-8 < rounding.of_pictures(weights, [picture], [reference.own_vision(weights, picture)]) < 5e-6
+    assert 1e-8 < rounding.of_pictures(weights, [picture], reference.own_vision(weights, [picture])) < 5e-6
     assert rounding.of_pictures(weights, [], []) == 0
 
 

@@ -22,7 +22,7 @@ from export.__main__ import main
 from export.bundle.reader import Bundle
 from export.checkpoint.random import RandomCheckpoint
 from export.sizes import SIZES
-from export.validate import judge
+from export.validate import bench
 from targets import load_target
 
 pytestmark = pytest.mark.slow
@@ -98,7 +98,7 @@ def measure_theirs(path: Path) -> tuple[float, float]:
 def measure_ours(path: Path) -> dict[str, Any]:
     bundle = Bundle.open(path, verify=False)
     target = load_target(bundle.manifest["target"]["name"])
-    return judge.measure_bundle(target, path, bundle.manifest, THREADS, 3, PROMPT, STEPS)
+    return bench.measure_bundle(target, path, bundle.manifest, THREADS, 3, PROMPT, STEPS)
 
 
 def test_executorch_keeps_up_with_onnx(bundles: dict[str, Path]) -> None:

@@ -346,11 +346,13 @@ class Target(Protocol):
         manifest: Mapping[str, Any],
         prompts: Sequence[Prompt],
         pictures: Sequence[NDArray[Any]] = (),
+        advance: Callable[[float], None] = lambda share: None,
     ) -> Activations | None:
         """Run a bundle and look at every value; None where the runtime shows none, or keeps them in float32.
 
         Args:
             prompts: each is fed to a conversation of its own and answered by a few tokens; it must leave room for
                 one. pictures: float32 [3, H, W] in 0…1, looked at alone; one of every size of the bundle.
+            advance: is told what share of all that has been run.
         """
         ...

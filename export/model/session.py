@@ -34,9 +34,10 @@ class Model(nn.Module):
         """The whole model in float32; for models that fit in memory."""
         with torch.device("meta"):
             model = cls(weights.config)
-        tensors = {name: weights.tensor(name) for name in weights.parameters}
-        if weights.config.text.tie_word_embeddings:
-            tensors["decoder.head.weight"] = tensors["embedding.weight"]
+        head, tied = "decoder.head.weight", weights.config.text.tie_word_embeddings
+        tensors = {name: weights.tensor(name) for name in weights.parameters if not (tied and name == head)}
+        if tied:
+            tensors[head] = tensors["embedding.weight"]
         model.load_state_dict(tensors, assign=True)
         return model.eval().requires_grad_(False)
 

@@ -235,9 +235,11 @@ def verdict(columns: Sequence[Column]) -> Verdict:
     whole = len(climbed) == len(RUNGS)
     if not whole:
         said += f" Only {', '.join(climbed) or 'parts'} of the ladder was checked for all."
-    small = min(columns, key=lambda c: c.size_bytes)
-    said += f" The smallest is {small.name} ({megabytes(small.size_bytes)} on disk)"
-    known = {c.name: kl for c in columns if (kl := value(c.report, "L3", "L3.kl_mean")) is not None}
+    good = [c for c in columns if c not in bad]
+    small = min(good or columns, key=lambda c: c.size_bytes)
+    said += f" The smallest {'of the others ' if bad and good else ''}is {small.name}"
+    said += f" ({megabytes(small.size_bytes)} on disk)"
+    known = {c.name: kl for c in good or columns if (kl := value(c.report, "L3", "L3.kl_mean")) is not None}
     if known:
         near = min(known, key=known.__getitem__)
         said += f", the closest to the original {near} (KL {known[near]:.2g} nats)"

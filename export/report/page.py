@@ -91,6 +91,18 @@ where an error entered.</p>
 <td class="n">{{ error }}</td><td style="width: 30%"><span class="bar" style="width: {{ share }}%"></span></td></tr>
 {% endfor %}</tbody></table></div></section>
 {% endif %}
+{% if talks %}<section><h2>Conversations that came out worst</h2>
+<p class="sub">KL divergence from the original, mean over each answer, in nats: along what the bundle says itself and,
+where the original answered too, along what that says. The worst {{ talks | length }} of
+{{ r.rungs.L3.series.chats | length }}.</p>
+<div class="wide" tabindex="0"><table><thead><tr><th scope="col">Conversation</th>
+<th scope="col" class="n">own answer</th><th scope="col" class="n">original's answer</th>
+<th scope="col" aria-label="bar"></th></tr></thead><tbody>
+{% for name, own, given, share in talks %}<tr><th scope="row">{{ name }}</th><td class="n">{{ own }}</td>
+<td class="n">{{ given }}</td>
+<td style="width: 30%"><span class="bar" style="width: {{ share }}%"></span></td></tr>
+{% endfor %}</tbody></table></div></section>
+{% endif %}
 {% if lint is not none %}<section><h2>Linter</h2>
 <p class="sub">{{ "What devices are known to object to. Errors stop a build." if lint else
 "Nothing found that devices are known to object to." }}</p>
@@ -130,6 +142,7 @@ def render(manifest: dict[str, Any], report: dict[str, Any] | None) -> str:
         r=report,
         lint=(report or {}).get("lint"),
         tensors=list(_tensors(rungs)),
+        talks=list(_talks(rungs)),
         plots=list(_plots(rungs)),
         rungs=RUNGS,
         status=STATUS,
@@ -153,6 +166,17 @@ def _tensors(rungs: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
         yield name, f"{float(error):.3g}", round(100 * share, 1)
 
 
+def _talks(rungs: dict[str, Any]) -> Iterator[tuple[str, str, str, float]]:
+    """(name, KL of the bundle's answer, of the original's, the former's share of the worst in %) of conversations."""
+    series = rungs["L3"]["series"] if "L3" in rungs else {}
+    own = [float(kl) if math.isfinite(float(kl)) else math.inf for kl in series.get("own_kl", ())]
+    given = [f"{float(kl):.3g}" for kl in series.get("given_kl", ())] or ["–"] * len(own)
+    found = sorted(zip(series.get("chats", ()), own, given, strict=True), key=lambda each: -each[1])[:WORST]
+    most = max((kl for _, kl, _ in found if math.isfinite(kl)), default=1.0)
+    for name, kl, other in found:
+        yield name, f"{kl:.3g}", other, round(100 * kl / most, 1) if math.isfinite(kl) and most else 100.0
+
+
 def _plots(rungs: dict[str, Any]) -> Iterator[Plot]:
     """Of whatever series the rungs left."""
     errors = {name: found for name, rung in rungs.items() if (found := rung["series"].get("states"))}
@@ -163,6 +187,10 @@ def _plots(rungs: dict[str, Any]) -> Iterator[Plot]:
     if series.get("kl"):
         meaning = "How far the probabilities of the next token are from the original's, after every call."
         yield plots.lines("KL over position (nats)", meaning, "token", {"bundle": (series["rows"], series["kl"])})
+    streams = {"text": series.get("text_stream"), "pictures": series.get("vision_stream")}
+    if drawn := {name: (range(len(values)), values) for name, values in streams.items() if values}:
+        meaning = "Of the values that layers hand on, as the files hold them; float16 ends at 65,504."
+        yield plots.lines("Largest value over layers", meaning, "layer", drawn)
     if series.get("drift_kl"):
         layouts = series.get("drift_kl_by_layout", {})
         kept = {"bundle": series["drift_kl"], **{f"{name} states": kl for name, kl in layouts.items()}}

@@ -29,6 +29,9 @@ class Amounts:
     positions: int = 0
     """Scored positions of answers, of the bundle's and of the reference's each: what each chat has its share of."""
 
+    steps: int = STEPWISE
+    """Tokens of the probe that are decoded one by one at most, the last ones; the others go in by chunks."""
+
     @property
     def share(self) -> int:
         """Positions of one chat, and the longest answer."""
@@ -38,9 +41,9 @@ class Amounts:
 SMALL = 100_000_000
 RULE: tuple[tuple[float, Amounts], ...] = (
     (SMALL, Amounts(probe=160, drift=512, chats=20, positions=520)),
-    (1_200_000_000, Amounts(probe=64, drift=STEPWISE, chats=16, positions=256)),
-    (3_000_000_000, Amounts(probe=64, drift=128, chats=12, positions=144)),
-    (math.inf, Amounts(probe=64, drift=64, chats=8, positions=64)),
+    (1_200_000_000, Amounts(probe=64, drift=STEPWISE, chats=16, positions=256, steps=64)),
+    (3_000_000_000, Amounts(probe=64, drift=128, chats=12, positions=144, steps=64)),
+    (math.inf, Amounts(probe=64, drift=64, chats=8, positions=64, steps=64)),
 )
 """Up to so many weights of the decoder with its head (0.8B: 0.75e9, 2B: 1.9e9, 4B: 4.2e9): these amounts."""
 

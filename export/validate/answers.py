@@ -53,8 +53,12 @@ def own_answers(
     Either side chooses among the same ids: what a bundle never samples is left out of both distributions.
     """
     share = case.share
-    own = [dialogues.answer(session, contract, chat, share) for chat in case.chats]
-    scored = score(case, contract, own, case.read(own), [dialogue.logits for dialogue in own])
+    own = []
+    with case.pace.part("own", len(case.chats)):
+        for chat in case.chats:
+            own.append(dialogues.answer(session, contract, chat, share))
+            case.pace.advance()
+    scored = score(case, contract, own, case.read(own, "own"), [dialogue.logits for dialogue in own])
     joined = Scores.joined(scored)
     stops = contract.stop_token_ids
     empty = [len(dialogue.first_answer(stops)) == 0 for dialogue in own]
@@ -76,7 +80,12 @@ def own_answers(
     given, note = case.given
     if given:
         truth = case.given_truth
-        scored = score(case, contract, given, truth, [dialogues.along(session, contract, each) for each in given])
+        followed = []
+        with case.pace.part("along", len(given)):
+            for each in given:
+                followed.append(dialogues.along(session, contract, each))
+                case.pace.advance()
+        scored = score(case, contract, given, truth, followed)
         joined = Scores.joined(scored)
         ours = Scores.joined(score(case, contract, given, truth, [each.logits for each in given]))
         checks += [

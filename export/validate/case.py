@@ -18,6 +18,7 @@ from export.chat.conversation import Contract, chunks
 from export.checkpoint.base import Checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
+from export.pace import Pace
 from export.quantize.conditioned import weights_for
 from export.quantize.recipe import Recipe
 from export.quantize.scale import StreamScale, scaled
@@ -29,6 +30,9 @@ from export.validate.gates import Check, failed
 from export.validate.probe import Probe, make_probe, picture
 from export.validate.transformers_model import Whole
 from targets.base import Arrays, Target
+
+CACHED = 8
+"""Tokens at the end of the probe that the reference takes as in generation, so that its cache is used as well."""
 
 
 @dataclass
@@ -84,13 +88,17 @@ class Case:
     """Token ids in words, for the report; None: it shows no answers."""
     known: Known = field(default_factory=dict)
     """Shared by the cases of several bundles of one checkpoint."""
+    pace: Pace = field(default_factory=Pace)
+    """Of the rung that is climbed."""
 
     def once(self, what: str, compute: Callable[[], Result], *depends: Hashable) -> Result:
         """`compute()`, or what it gave for another bundle: a result of the checkpoint, the probe, the pictures, and
         whatever else it depends on, but of no bundle.
         """
         key = (what, self._content, *depends)
-        if key not in self.known:
+        if key in self.known:
+            self.pace.leave_out(what)
+        else:
             self.known[key] = compute()
         found: Result = self.known[key]
         return found
@@ -122,6 +130,11 @@ class Case:
         """Rows [T, D] from transformers' embedding or vision tower as the bundle's residual stream has them."""
         return self.weights.to_stream(torch.from_numpy(rows)).numpy()
 
+    @property
+    def layers(self) -> int:
+        """Of the decoder."""
+        return self.config.text.num_hidden_layers
+
     @cached_property
     def image_sizes(self) -> tuple[tuple[int, int], ...]:
         return tuple((h, w) for h, w in self.manifest["image_sizes"])
@@ -150,13 +163,31 @@ class Case:
     @cached_property
     def true_pictures(self) -> list[NDArray[np.float32]]:
         """transformers' image embeddings of `pictures`, as the bundle's stream has them."""
-        found = self.once("pictures", lambda: reference.hf_vision(self.checkpoint, self.config, self.pictures))
-        return [self.to_stream(each) for each in found]
+        return [self.to_stream(each) for each in self._seen[len(self.probe.images) :]]
+
+    @cached_property
+    def _seen(self) -> list[NDArray[np.float32]]:
+        """transformers' image embeddings of the probe's pictures and of `pictures`."""
+        return self.see("see", [*self.probe.images, *self.pictures])
+
+    def see(self, what: str, pictures: Sequence[NDArray[Any]]) -> list[NDArray[np.float32]]:
+        """transformers' image embeddings of pictures [3, H, W], computed once."""
+
+        def compute() -> list[NDArray[np.float32]]:
+            with self.pace.part(what, 1):
+                return reference.hf_vision(self.checkpoint, self.config, pictures)
+
+        return self.once(what, compute, *(image.tobytes() for image in pictures))
 
     @cached_property
     def plan(self) -> list[tuple[int | None, int]]:
-        """Half of the probe in chunks, its last chunk padded, then one token at a time."""
-        return make_plan(len(self.probe.ids), self.prefill_lengths)
+        """Half of the probe or more in chunks, its last chunk padded, then one token at a time."""
+        return make_plan(len(self.probe.ids), self.prefill_lengths, self.amounts.steps)
+
+    @property
+    def chunking_tokens(self) -> int:
+        """Of the probe, that the bundle reads both by chunks and one by one."""
+        return min(len(self.probe.ids), STEPWISE, 2 * self.amounts.steps)
 
     @cached_property
     def embedded(self) -> NDArray[np.float32]:
@@ -164,7 +195,7 @@ class Case:
 
         def rows() -> NDArray[np.float32]:
             plain = reference.embed(self.checkpoint, self.probe.ids)
-            images = reference.hf_vision(self.checkpoint, self.config, self.probe.images)
+            images = self._seen[: len(self.probe.images)]
             return transformers_model.hf_splice(self.checkpoint, self.config, plain, self.probe.ids, images)
 
         return self.once("embedded", rows)
@@ -178,11 +209,16 @@ class Case:
 
     @cached_property
     def truth(self) -> tuple[NDArray[np.float32], Arrays]:
-        """transformers' fp32 logits [T, V] and final states on the probe, fed token by token: its chunked delta
-        rule is the less exact of its two forms (docs/LOG.md) and would be most of the distance to ours.
+        """transformers' fp32 logits [T, V] and final states on the probe. Its delta rule goes token by token: its
+        chunks are the less exact of its two forms (docs/LOG.md) and would be most of the distance to ours. The last
+        tokens come one at a time, through its cache.
         """
-        fed = self.embedded, self.true_positions, 1
-        return self.once("truth", lambda: reference.hf_sequence(self.checkpoint, self.config, *fed))
+        fed = self.embedded, self.true_positions, max(1, len(self.probe.ids) - CACHED), True
+        def compute() -> tuple[NDArray[np.float32], Arrays]:
+            with self.pace.part("truth", self.layers):
+                return reference.hf_sequence(self.checkpoint, self.config, *fed, advance=self.pace.advance)
+
+        return self.once("truth", compute)
 
     @property
     def drift_steps(self) -> int:
@@ -212,12 +248,12 @@ class Case:
             )
         contract, share = Contract.of(self.manifest), self.share
         prompts = tuple((tuple(chat.ids), *(image.tobytes() for image in chat.images)) for chat in self.chats)
-        found = self.once(
-            "given",
-            lambda: dialogues.reference_answers(self.weights, contract, self.chats, share),
-            *(contract, share, prompts),
-        )
-        return found, (
+
+        def compute() -> list[Dialogue]:
+            with self.pace.part("given", len(self.chats)):
+                return dialogues.reference_answers(self.weights, contract, self.chats, share, advance=self.pace.advance)
+
+        return self.once("given", compute, contract, share, prompts), (
             "The reference's answers were given by this project's modules in float32 and read by transformers, which "
             "would have chosen the same tokens in the share that L3.reference_agrees tells."
         )
@@ -226,18 +262,26 @@ class Case:
     def given_truth(self) -> list[NDArray[np.float32]]:
         """transformers' logits [places, V] along each of the reference's answers."""
         answers = self.given[0]
-        return self.once("given truth", lambda: self.read(answers), tuple(tuple(each.ids) for each in answers))
+        return self.once("read given", lambda: self.read(answers, "given"), tuple(tuple(each.ids) for each in answers))
 
-    def read(self, answered: Sequence[Dialogue]) -> list[NDArray[np.float32]]:
+    def read(self, answered: Sequence[Dialogue], whose: str) -> list[NDArray[np.float32]]:
         """transformers' logits [places, V] along each dialogue."""
-        readings = [dialogue.reading(self.checkpoint, self.config) for dialogue in answered]
-        return teacher.hf_logits(self.checkpoint, self.config, readings)
+        pictures = {image.tobytes(): image for each in answered for image in each.chat.images}
+        seen = dict(zip(pictures, self.see("see chats", list(pictures.values())), strict=True))
+        readings = [dialogue.reading(self.checkpoint, self.config, seen) for dialogue in answered]
+        with self.pace.part(f"read {whose}", self.layers):
+            return teacher.hf_logits(self.checkpoint, self.config, readings, advance=self.pace.advance)
 
     @cached_property
     def whole(self) -> Whole:
         """transformers' whole model, run once on the probe; only its logits are kept."""
         given = self.checkpoint, self.config, self.probe.ids, self.probe.images
-        return self.once("whole", lambda: transformers_model.whole_model(*given))
+
+        def compute() -> Whole:
+            with self.pace.part("whole", 1):
+                return transformers_model.whole_model(*given)
+
+        return self.once("whole", compute)
 
 
 def make_plan(tokens: int, lengths: tuple[int, ...], stepwise: int = STEPWISE) -> list[tuple[int | None, int]]:

@@ -7,7 +7,7 @@ scored positions: an answer of three tokens says little.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,14 +51,18 @@ class Dialogue:
             first.append(token)
         return first
 
-    def reading(self, checkpoint: Checkpoint, config: ModelConfig) -> Reading:
-        """What transformers reads, with its own embeddings, pictures, splicing and positions."""
+    def reading(
+        self, checkpoint: Checkpoint, config: ModelConfig, seen: Mapping[bytes, NDArray[np.float32]]
+    ) -> Reading:
+        """What transformers reads, with its own embeddings, splicing and positions, and what it has `seen` of each
+        picture, by the bytes of that.
+        """
         ids, images = self.ids[:-1], self.chat.images
         rows = reference.embed(checkpoint, ids)
         positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
         if images:
-            seen = reference.hf_vision(checkpoint, config, images)
-            rows = transformers_model.hf_splice(checkpoint, config, rows, ids, seen)
+            features = [seen[image.tobytes()] for image in images]
+            rows = transformers_model.hf_splice(checkpoint, config, rows, ids, features)
             grid = transformers_model.pixels(checkpoint, config, images).grid
             positions = transformers_model.hf_positions(checkpoint, config, ids, grid)
         return Reading(rows, positions, self.places)
@@ -101,10 +105,24 @@ def along(session: Any, contract: Contract, dialogue: Dialogue) -> NDArray[np.fl
     return np.stack(rows)
 
 
-def reference_answers(weights: Weights, contract: Contract, chats: Sequence[Chat], share: int) -> list[Dialogue]:
-    """The answers of our modules in float32 with the whole model in memory, which is free again afterwards."""
+def reference_answers(
+    weights: Weights,
+    contract: Contract,
+    chats: Sequence[Chat],
+    share: int,
+    advance: Callable[[], None] = lambda: None,
+) -> list[Dialogue]:
+    """The answers of our modules in float32 with the whole model in memory, which is free again afterwards.
+
+    Args:
+        advance: called behind each.
+    """
     session = TorchSession(Model.load(weights), contract.context_length, contract.prefill_lengths)
-    return [answer(session, contract, chat, share) for chat in chats]
+    answers = []
+    for chat in chats:
+        answers.append(answer(session, contract, chat, share))
+        advance()
+    return answers
 
 
 def _as_pictures(chat: Chat) -> list[NDArray[Any]]:

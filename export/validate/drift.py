@@ -77,12 +77,15 @@ def drift(case: Case, session: Session, series: dict[str, Any], notes: list[str]
 
     def read_by_transformers() -> NDArray[np.float32]:
         reading = Reading(reference.embed(case.checkpoint, text.ids), text.positions, wanted)
-        return teacher.hf_logits(case.checkpoint, case.config, [reading])[0]
+        with case.pace.part("text", case.layers):
+            return teacher.hf_logits(case.checkpoint, case.config, [reading], advance=case.pace.advance)[0]
 
     truth = case.once("text", read_by_transformers, tuple(text.ids), tuple(wanted))
 
     def scores(opened: Session, size: int) -> Scores:
-        logits = np.stack(replay(opened, rows[:size], text.positions, plans[size], junk=0.0))
+        with case.pace.part("drift", len(plans[size])):
+            found = replay(opened, rows[:size], text.positions, plans[size], junk=0.0, advance=case.pace.advance)
+        logits = np.stack(found)
         places = [wanted.index(end) for end in ends[size]]
         came = [text.ids[end + 1] if end + 1 < longest else None for end in ends[size]]
         return Scores.of(truth[places], logits, came)
@@ -157,7 +160,9 @@ def stress(case: Case, session: Session, rows: NDArray[Any], logits: NDArray[Any
     prompt = sum(length is not None for length, _ in case.plan)
     plan = case.plan[: prompt + STRESS_STEPS]
     tokens = sum(valid for _, valid in plan)
-    stressed = np.stack(replay(session, rows[:tokens], case.probe.positions, plan, junk=0.0))
+    with case.pace.part("stress", len(plan)):
+        found = replay(session, rows[:tokens], case.probe.positions, plan, junk=0.0, advance=case.pace.advance)
+    stressed = np.stack(found)
     kl = metrics.kl(logits[: len(plan)], stressed)
     rung.series["stress_kl"] = [float(x) for x in kl]
     rung.checks.append(recorded("L3.stress_kl", float(kl.mean())))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,15 @@ from export.chat.template import load_tokenizer
 from export.checkpoint.base import Checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
-from export.progress import MemorySampler
 from export.quantize.recipe import Recipe
 from export.sizes import SHIPPED, TINY
-from export.spec import UsageError
-from export.validate import activations, chats, latency, task, texts, work
+from export.validate import activations, bench, chats, latency, task, texts, work
 from export.validate.amounts import Amounts, amounts_for
 from export.validate.case import Case, Known
 from export.validate.examples import examples
 from export.validate.ladder import RUNGS, climb
 from export.validate.probe import image_tokens
-from targets.base import Finding, Target, grouped
+from targets.base import Finding, Prompt, Target, grouped
 
 
 def judge(
@@ -91,14 +88,15 @@ def judge(
             case.text, case.familiar = task.text(tokenizer, int(manifest["context_length"])), True
     seen = None
     if findings is not None and not any(found.severity == "error" for found in findings):
-        with stage("activations"):
-            seen = target.observe(folder, manifest, [case.probe, *examples(folder, manifest)], case.pictures)
+        with stage("activations", 1.0) as pace:
+            prompts: list[Prompt] = [case.probe, *examples(folder, manifest)]
+            seen = target.observe(folder, manifest, prompts, case.pictures, pace.advance)
         observed = seen.findings if seen is not None else []
         on_findings(observed)
         findings += observed
     results = []
     for rung in rungs:
-        with stage(f"validate {rung}"):
+        with stage(f"validate {rung}") as case.pace:
             results += climb(case, (rung,))
         if rung == "L3":
             results[-1].notes += refused
@@ -113,7 +111,7 @@ def judge(
         report["lint"] = grouped(findings)
     if with_latency:
         with stage("latency"):
-            report["latency"] = measure(checkpoint, config, target, folder, manifest, threads)
+            report["latency"] = measure(checkpoint, config, folder, manifest, threads)
     return report
 
 
@@ -131,98 +129,16 @@ def _skills(checkpoint: Checkpoint, config: ModelConfig, manifest: dict[str, Any
 def measure(
     checkpoint: Checkpoint,
     config: ModelConfig,
-    target: Target,
     folder: Path,
     manifest: dict[str, Any],
     threads: int,
 ) -> dict[str, Any]:
-    """Latency of the bundle and of PyTorch in the same run."""
-    bundle = measure_bundle(target, folder, manifest, threads)
+    """Latency of the bundle, in a process of its own, and of PyTorch in the same run."""
+    bundle = bench.measure_apart(folder, manifest, threads)
     prompt = bundle["prefill"]["prompt_tokens"]
     bundle["decode_macs"] = work.decode_macs(config, prompt)
     reference = latency.measure_reference(checkpoint, config, threads, prompt, 2, 4)
     return {"bundle": bundle, "reference": reference}
-
-
-def measure_bundle(
-    target: Target,
-    folder: Path,
-    manifest: dict[str, Any],
-    threads: int,
-    runs: int = 3,
-    prompt_tokens: int | None = None,
-    steps: int = 24,
-) -> dict[str, Any]:
-    """Speed, load time and peak memory of a bundle, and its share of the bound that read bandwidth, measured
-    between decode steps in the same run, sets on the bytes a token must read; that share not of an emulation.
-
-    Args:
-        prompt_tokens: by default 512, or half of a shorter context.
-
-    Raises:
-        UsageError: a prompt that leaves no room to decode.
-    """
-    context = int(manifest["context_length"])
-    if prompt_tokens is None:
-        prompt_tokens = min(512, context // 2)
-    if prompt_tokens >= context:
-        raise UsageError(
-            f"--prompt-tokens {prompt_tokens}: the bundle's context of {context} must hold the prompt and at least "
-            f"one more token; give at most {context - 1}"
-        )
-    sampler = MemorySampler()
-    before = sampler.start_bytes
-    sampler.start()
-    session = target.open(folder, manifest, threads)
-    work = latency.Workload(session, manifest, prompt_tokens)
-    result = latency.measure_speed(work, threads, runs, steps)
-    result["peak_memory_bytes"] = sampler.stop() - before
-    result["load_s"] = session.load_seconds
-    cache = latency.cache_row_bytes(manifest) * (prompt_tokens + min(steps, context - prompt_tokens) // 2)
-    result["decode_bytes"] = target.decode_bytes(folder, manifest) + cache
-    result["bursts"], result["bandwidth"] = [], {}
-    for name in ("prefill", "decode"):
-        result[name]["source"] = target.measured
-    if target.measured == "host":  # what bounds an emulation is no memory
-        with latency.Bandwidth(threads) as bandwidth:
-            result["bursts"] = latency.measure_bursts(work, bandwidth, max(3, steps // latency.BURST))
-        result["bandwidth"] = bandwidth_share(result["bursts"], result["decode_bytes"])
-    session.close()
-    return result
-
-
-def measure_operators(
-    target: Target, folder: Path, manifest: dict[str, Any], threads: int, start: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Where the time of `decode` behind `start` tokens, and of the longest prefill, goes by kind of operator."""
-    longest = [f"prefill_{max(manifest['prefill_lengths'])}"] if manifest["prefill_lengths"] else []
-    found = {}
-    for signature in ["decode", *longest]:
-        first = start if signature == "decode" else 0
-        inputs = latency.example_inputs(manifest, signature, first)
-        found[signature] = [asdict(t) for t in target.operator_times(folder, manifest, threads, signature, inputs)]
-    return found
-
-
-def bandwidth_share(bursts: list[dict[str, Any]], decode_bytes: int) -> dict[str, Any]:
-    """For each kind of page the median bandwidth, the bound it sets on decode, and the share of its own bound
-    that the median burst of decode steps reached.
-    """
-    shares = {}
-    for name in bursts[0]["bytes_per_s"]:
-        rates = [burst["bytes_per_s"][name] for burst in bursts]
-        rate = statistics.median(rates)
-        shares[name] = {
-            "bytes_per_s": rate,
-            "bytes_per_s_least": min(rates),
-            "bytes_per_s_most": max(rates),
-            "bursts": len(bursts),
-            "bound_tokens_per_s": rate / decode_bytes,
-            "share": statistics.median(
-                decode_bytes / burst["step_s"] / burst["bytes_per_s"][name] for burst in bursts
-            ),
-        }
-    return shares
 
 
 def failures(report: dict[str, Any]) -> list[str]:

@@ -20,8 +20,7 @@ from export.model import state
 from export.model.positions import splice
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Setting, general
-from export.validate import metrics, reference, rounding
-from export.validate.amounts import STEPWISE
+from export.validate import costs, metrics, reference, rounding
 from export.validate.answers import own_answers, task_accuracy, text_runner
 from export.validate.case import Case, Rung, make_plan
 from export.validate.drift import drift, stress
@@ -30,7 +29,7 @@ from export.validate.lowered import l1
 from export.validate.probe import picture_tokens
 from export.validate.replay import canonical, image_embeddings, replay, state_errors, worst
 from export.validate.scores import Scores
-from targets.base import Session
+from targets.base import Rows, Session
 
 RUNGS = ("L0", "L1", "L2", "L3")
 
@@ -50,24 +49,29 @@ def _l0(case: Case) -> Rung:
     truth, true_states = case.truth
     rows_needed = state.cache_rows(len(case.probe.ids), case.prefill_lengths)
     rows = case.to_stream(reference.embed(case.checkpoint, case.probe.ids))
-    images = [reference.own_vision(case.weights, image) for image in case.probe.images]
+    with case.pace.part("pictures", 2):
+        seen = reference.own_vision(case.weights, [*case.probe.images, *case.pictures])
+        images, ours = seen[: len(case.probe.images)], seen[len(case.probe.images) :]
+        case.pace.advance()
+        its_rounding = rounding.of_pictures(case.weights, case.pictures, ours)
     rows = splice(rows, case.probe.ids, case.config.image_token_id, images)
-    logits, states = reference.own_sequence(
-        case.weights, rows, case.probe.positions, case.plan, rows_needed
-    )
+    passes = [reference.Pass(case.plan, rows_needed), *rounding.passes(len(rows))]
+    with case.pace.part("ours", case.layers):
+        (logits, states), *both = reference.own_sequences(
+            case.weights, rows, case.probe.positions, passes, advance=case.pace.advance
+        )
     errors = state_errors(case.config, true_states, states, len(case.probe.ids))
     layers = case.config.text.num_hidden_layers
-    unit = rounding.measure(case.weights, rows, case.probe.positions)
-    worst_state, its_rounding = unit.worst(errors, FLOOR)
+    unit = rounding.between(case.config, len(rows), *both)
+    worst_state, its_unit = unit.worst(errors, FLOOR)
     checks = [
         gated("L0.logits", metrics.relative(truth, logits), rounding=unit.logits),
-        gated("L0.states", worst_state, rounding=its_rounding),
+        gated("L0.states", worst_state, rounding=its_unit),
     ]
     units = [unit.largest]
     if case.pictures:
-        ours = [reference.own_vision(case.weights, each) for each in case.pictures]
-        units.append(rounding.of_pictures(case.weights, case.pictures, ours))
-        checks.append(gated("L0.vision", worst(case.true_pictures, ours), rounding=units[-1]))
+        units.append(its_rounding)
+        checks.append(gated("L0.vision", worst(case.true_pictures, ours), rounding=its_rounding))
         # Fewer than two where the context is too short for them: then no rung saw what a picture leaves behind.
         checks.append(recorded("L0.pictures_in_text", len(images)))
     if case.whole.logits is not None:
@@ -83,7 +87,7 @@ def l2(case: Case) -> Rung:
     quantizer = Quantizer(case.weights, case.recipe, case.target.capabilities.smallest_scale)
     compared, wrong, names = 0, 0, []
     seen: dict[Any, int] = {}
-    for name, (start, block) in case.target.stored_weights(case.folder, case.manifest, quantizer):
+    for name, (start, block) in _counted(case, quantizer):
         parameter, _, size = name.partition("@")
         if size:
             expected = _positions(quantizer, parameter, size)
@@ -114,6 +118,14 @@ def l2(case: Case) -> Rung:
         if not GATES["L2.tensor_error"].passes(error)
     ]
     return Rung("L2", checks, {"wrong": names, "missing": missing, "tensor_errors": errors}, notes)
+
+
+def _counted(case: Case, quantizer: Quantizer) -> Iterator[tuple[str, Rows]]:
+    """The stored weights; how many are behind us is told."""
+    with case.pace.part("weights", sum(math.prod(p.shape) for p in case.weights.parameters.values())):
+        for name, rows in case.target.stored_weights(case.folder, case.manifest, quantizer):
+            yield name, rows
+            case.pace.advance(rows[1].numel())
 
 
 def _worse(error: float) -> float:
@@ -172,7 +184,8 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
     images = image_embeddings(session, probe.images)
     rows = splice(rows, probe.ids, contract.image_token_id, images)
     ends = [first + valid - 1 for first, _, valid in reference.pieces(len(rows), case.plan)]
-    logits = np.stack(replay(session, rows, probe.positions, case.plan, junk=0.0))
+    with case.pace.part("probe", len(case.plan)):
+        logits = np.stack(replay(session, rows, probe.positions, case.plan, junk=0.0, advance=case.pace.advance))
     errors = state_errors(config, true_states, canonical(config, session.states()), len(rows))
     kind = quality(case)
 
@@ -255,16 +268,18 @@ def _text_checks(
 
 
 def _chunking(case: Case, session: Session, rows: NDArray[Any]) -> float:
-    """KL of the first `STEPWISE` tokens of the probe in chunks and single steps from all in single
-    steps, weighted by the certainty of the latter.
+    """KL of the first tokens of the probe in chunks and single steps from all in single steps, weighted by the
+    certainty of the latter.
     """
-    tokens = min(len(rows), STEPWISE)
+    tokens = case.chunking_tokens
     plan = make_plan(tokens, case.prefill_lengths)
     steps: list[tuple[int | None, int]] = [(None, 1)] * tokens
     ends = [first + valid - 1 for first, _, valid in reference.pieces(tokens, plan)]
-    chunked, stepwise = (
-        np.stack(replay(session, rows[:tokens], case.probe.positions, each, junk=0.0)) for each in (plan, steps)
-    )
+    with case.pace.part("chunking", len(plan) + len(steps)):
+        chunked, stepwise = (
+            np.stack(replay(session, rows[:tokens], case.probe.positions, each, junk=0.0, advance=case.pace.advance))
+            for each in (plan, steps)
+        )
     return Scores.of(stepwise[ends], chunked, [None] * len(ends)).kl_mean
 
 
@@ -289,5 +304,6 @@ def climb(case: Case, rungs: tuple[str, ...] = RUNGS, on_rung: Callable[[str], N
     results = []
     for name in rungs:
         on_rung(name)
+        case.pace.expect(costs.parts(case, name))
         results.append(steps[name](case))
     return results

@@ -121,13 +121,17 @@ class Workload:
         self._session.run("decode" if length is None else f"prefill_{length}", inputs)
 
 
-def measure_speed(work: Workload, threads: int, runs: int, steps: int) -> dict[str, Any]:
-    """Prefill, `runs` times, then `steps` decode steps in a row."""
-    prefill_seconds = timed(work.prefill, runs, 1)
-    decode_seconds = timed(work.step, steps, WARMUP_STEPS)
+def measure_speed(work: Workload, threads: int, runs: int, steps: int, *, warm: bool = True) -> dict[str, Any]:
+    """Prefill, `runs` times, then `steps` decode steps in a row; `warm`: each behind some that do not count."""
+    before, steps_before = (1, WARMUP_STEPS) if warm else (0, 0)
+    prefill_seconds = timed(work.prefill, runs, before)
+    decode_seconds = timed(work.step, steps, steps_before)
     return {
-        "prefill": {**summary(prefill_seconds, work.prompt_tokens, 1, threads), "prompt_tokens": work.prompt_tokens},
-        "decode": summary(decode_seconds, 1, WARMUP_STEPS, threads),
+        "prefill": {
+            **summary(prefill_seconds, work.prompt_tokens, before, threads),
+            "prompt_tokens": work.prompt_tokens,
+        },
+        "decode": summary(decode_seconds, 1, steps_before, threads),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from contextlib import closing
@@ -16,6 +17,7 @@ from torch import Tensor
 from export.checkpoint.weights import Weights
 from export.model import state
 from export.model.config import FULL, ModelConfig
+from export.pace import Pace
 from export.quantize.conditioned import weights_for
 from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
@@ -40,31 +42,31 @@ def l1(case: Case) -> Rung:
     place = case.folder if case.folder.suffix == ".partial" else case.folder.parent
     with tempfile.TemporaryDirectory(prefix="l1-", dir=place) as scratch:
         folder = Path(scratch)
-        lowered = case.target.lower(
-            Job(
-                config,
-                quantizer,
-                context,
-                case.prefill_lengths,
-                case.image_sizes,
-                folder,
-                max_file_layers=_cut(case.manifest, config),
-                # No phone maps these files, and what fitted quantised may not as floats: a limit would refuse it.
-                max_file_bytes=UNBOUNDED,
-                profile=case.manifest["target"]["profile"],
-                state_layout=case.manifest["target"].get("state_layout"),
-                max_head_columns=_head_columns(case.manifest),
-            )
+        job = Job(
+            config,
+            quantizer,
+            context,
+            case.prefill_lengths,
+            case.image_sizes,
+            folder,
+            max_file_layers=_cut(case.manifest, config),
+            # No phone maps these files, and what fitted quantised may not as floats: a limit would refuse it.
+            max_file_bytes=UNBOUNDED,
+            profile=case.manifest["target"]["profile"],
+            state_layout=case.manifest["target"].get("state_layout"),
+            max_head_columns=_head_columns(case.manifest),
+            advance=case.pace.advance,
         )
+        with case.pace.part("lower", sum(math.prod(p.shape) for p in weights.parameters.values())):
+            lowered = case.target.lower(job)
         manifest = {
             **case.manifest,
             "signatures": lowered.signatures,
             "states": lowered.states,
             "context_length": context,
         }
-        rung = compare_files(
-            case.target, folder, manifest, case.threads, weights, probe, plan, rows, case.prefill_lengths, case.pictures
-        )
+        given = weights, probe, plan, rows, case.prefill_lengths, case.pictures
+        rung = compare_files(case.target, folder, manifest, case.threads, *given, pace=case.pace)
         rung.checks.append(recorded("L1.layers", config.text.num_hidden_layers))
         return rung
 
@@ -109,6 +111,7 @@ def compare_files(
     rows: NDArray[np.float32],
     prefill_lengths: tuple[int, ...],
     pictures: list[NDArray[np.float32]],
+    pace: Pace | None = None,
 ) -> Rung:
     """L1 of files lowered without quantisation.
 
@@ -121,7 +124,8 @@ def compare_files(
 
     def compare(session: Session, given: Weights, fed: NDArray[Any], prefix: str) -> Rung:
         with closing(session):
-            return compare_lowered(session, given, probe, plan, fed, prefill_lengths, pictures, prefix, kept=kept)
+            place = probe, plan, fed, prefill_lengths, pictures
+            return compare_lowered(session, given, *place, prefix, kept=kept, pace=pace)
 
     if floats == "float32":
         return compare(target.open(folder, manifest, threads), weights, rows, "L1")
@@ -156,6 +160,7 @@ def compare_lowered(
     prefix: str = "L1",
     *,
     kept: bool = False,
+    pace: Pace | None = None,
 ) -> Rung:
     """L1 on an open session: logits and states, padding, vision, embedding; in float32 within so many roundings of the
     same sums (`rounding`), where floats are stored in float16 within constants.
@@ -163,8 +168,10 @@ def compare_lowered(
     Args:
         rows: in the dtype of the session's embeddings. prefix: of the checks; their gates are those of L1 where it
             has none of its own. kept: the runtime holds the states, and a call with `start` = 0 clears them.
+        pace: is told how far the comparison is.
     """
     config = weights.config
+    pace = pace or Pace()
 
     def gate(name: str) -> str:
         own = f"{prefix}.{name}"
@@ -174,15 +181,23 @@ def compare_lowered(
         return gated(f"{prefix}.{name}", value, gate(name), rounding=rounding)
 
     wide = rows.astype(np.float32)
-    expected, states = reference.own_sequence(
-        weights, wide, probe.positions, plan, state.cache_rows(len(rows), prefill_lengths)
-    )
-    unit = rounding.measure(weights, wide, probe.positions) if GATES[gate("logits")].in_roundings else None
+    counted = GATES[gate("logits")].in_roundings
+    passes = [reference.Pass(plan, state.cache_rows(len(rows), prefill_lengths))]
+    passes += rounding.passes(len(rows)) if counted else []
+    with pace.part(f"{prefix} ours", config.text.num_hidden_layers):
+        (expected, states), *both = reference.own_sequences(
+            weights, wide, probe.positions, passes, advance=pace.advance
+        )
+    unit = rounding.between(config, len(rows), *both) if counted else None
     ends = [first + valid - 1 for first, _, valid in reference.pieces(len(rows), plan)]
-    logits = np.stack(replay(session, rows, probe.positions, plan, junk=0.0))
-    errors = state_errors(config, states, canonical(config, session.states()), len(rows))
-    clean = canonical(config, {name: array.copy() for name, array in session.states().items()})
-    padded = np.stack(replay(session, rows, probe.positions, plan, junk=float("nan"), reset=not kept))
+    with pace.part(f"{prefix} calls", 2 * len(plan)):
+        logits = np.stack(replay(session, rows, probe.positions, plan, junk=0.0, advance=pace.advance))
+        errors = state_errors(config, states, canonical(config, session.states()), len(rows))
+        clean = canonical(config, {name: array.copy() for name, array in session.states().items()})
+        again = replay(
+            session, rows, probe.positions, plan, junk=float("nan"), reset=not kept, advance=pace.advance
+        )
+    padded = np.stack(again)
     leaks = state_errors(config, clean, canonical(config, session.states()), len(rows))
     checks = [
         check("logits", metrics.relative(expected[ends], logits), unit.logits if unit else None),
@@ -193,9 +208,11 @@ def compare_lowered(
     plain = torch.cat([weights.rows("embedding.weight", i, i + 1) for i in probe.ids]).numpy()
     checks.append(check("embed", metrics.relative(plain, embedded[0])))
     if pictures:
-        ours = [reference.own_vision(weights, each) for each in pictures]
-        found = worst(ours, image_embeddings(session, pictures))
-        checks.append(check("vision", found, rounding.of_pictures(weights, pictures, ours) if unit else None))
+        with pace.part(f"{prefix} pictures", 1):
+            ours = reference.own_vision(weights, pictures)
+            found = worst(ours, image_embeddings(session, pictures))
+            its_rounding = rounding.of_pictures(weights, pictures, ours) if unit else None
+        checks.append(check("vision", found, its_rounding))
     series = {"states": errors, "logits": _row_errors(expected[ends], logits), "rows": ends}
     return Rung("L1", checks, series)
 

@@ -9,6 +9,8 @@ layer is loaded. transformers' modules are used as they are, and which tensor is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,10 +27,19 @@ from export.model.config import FULL, ModelConfig
 from export.model.decoder import Decoder
 from export.model.operators import ops
 from export.model.vision import VisionEncoder
-from export.validate.transformers_model import head_tensor, hf_config, on_meta, pixels, without_deprecations
+from export.validate.transformers_model import (
+    head_tensor,
+    hf_config,
+    on_meta,
+    pixels,
+    recurrent_rule,
+    without_deprecations,
+)
 
 HEAD_ROWS = 16384
 Arrays = dict[str, NDArray[Any]]
+Advance = Callable[[], None]
+"""Called after every layer, for a remaining time."""
 
 
 def load_module(module: torch.nn.Module, checkpoint: Checkpoint, prefix: str) -> torch.nn.Module:
@@ -39,13 +50,15 @@ def load_module(module: torch.nn.Module, checkpoint: Checkpoint, prefix: str) ->
 
 
 def head_logits(
-    read: Callable[[int, int], Tensor], config: ModelConfig, hidden: Tensor
-) -> NDArray[np.float32]:
-    """hidden [T, D] times the head, which `read` gives by rows, in blocks of them: logits [T, V]."""
-    logits = np.empty((hidden.shape[0], config.text.vocab_size), np.float32)
+    read: Callable[[int, int], Tensor], config: ModelConfig, *hidden: Tensor
+) -> list[NDArray[np.float32]]:
+    """Each hidden [T, D] in its dtype times the head, which `read` gives by rows, in blocks of them: logits [T, V]."""
+    logits = [np.empty((len(each), config.text.vocab_size), np.float32) for each in hidden]
     for start in range(0, config.text.vocab_size, HEAD_ROWS):
         stop = min(start + HEAD_ROWS, config.text.vocab_size)
-        logits[:, start:stop] = (hidden @ read(start, stop).to(hidden.dtype).T).numpy()
+        rows = read(start, stop)
+        for each, found in zip(hidden, logits, strict=True):
+            found[:, start:stop] = (each @ rows.to(each.dtype).T).numpy()
     return logits
 
 
@@ -85,11 +98,17 @@ def hf_sequence(
     rows: NDArray[Any],
     position_ids: NDArray[Any],
     prefill: int | None = None,
+    recurrent: bool = False,
+    advance: Advance = lambda: None,
 ) -> tuple[NDArray[np.float32], Arrays]:
     """transformers fp32 over embeddings rows [T, D] at positions [3, T].
 
     The first `prefill` tokens (None: all) go in at once, the others one by one through the cache, as
     generation does: its recurrent step rounds differently from its chunks, which sum logarithms of decay.
+
+    Args:
+        recurrent: the tokens that go in at once take that step too, in transformers' own function for it: the same
+            states and logits as one by one, in a tenth of the time, because a layer's matrices meet all of them.
 
     Returns:
         logits [T, V] and the state after the last token, named and shaped as in `export.model.state`
@@ -112,17 +131,19 @@ def hf_sequence(
         load_module(layer, checkpoint, f"{TEXT}.layers.{index}")
         full = kind == FULL
         parts = []
-        for part in [slice(0, first), *(slice(t, t + 1) for t in range(first, tokens))]:
-            parts.append(
-                layer(
-                    hidden[:, part],
-                    position_embeddings=(tables[0][:, part], tables[1][:, part]),
-                    attention_mask=mask if full and part.start == 0 else None,
-                    past_key_values=cache,
-                    use_cache=True,
+        with recurrent_rule() if recurrent else nullcontext():
+            for part in [slice(0, first), *(slice(t, t + 1) for t in range(first, tokens))]:
+                parts.append(
+                    layer(
+                        hidden[:, part],
+                        position_embeddings=(tables[0][:, part], tables[1][:, part]),
+                        attention_mask=mask if full and part.start == 0 else None,
+                        past_key_values=cache,
+                        use_cache=True,
+                    )
                 )
-            )
         hidden = torch.cat(parts, dim=1)
+        advance()
         if full:
             states[f"key_{index}"] = cache.layers[index].keys[0].numpy()
             states[f"value_{index}"] = cache.layers[index].values[0].numpy()
@@ -134,7 +155,8 @@ def hf_sequence(
     norm = on_meta(lambda: hf.Qwen3_5RMSNorm(config.text.hidden_size, config.text.rms_norm_eps))
     load_module(norm, checkpoint, f"{TEXT}.norm")
     head = partial(checkpoint.read, head_tensor(checkpoint))
-    return head_logits(head, config, norm(hidden)[0]), states
+    (logits,) = head_logits(head, config, norm(hidden)[0])
+    return logits, states
 
 
 def fill(
@@ -148,14 +170,16 @@ def fill(
 
 @torch.inference_mode()
 def own_vision(
-    weights: Weights, image: NDArray[Any], dtype: torch.dtype = torch.float32
-) -> NDArray[np.float32]:
-    """Our vision encoder on a picture [3, H, W] in 0…1, computed in `dtype`."""
+    weights: Weights, images: Sequence[NDArray[Any]], dtype: torch.dtype = torch.float32
+) -> list[NDArray[np.float32]]:
+    """Our vision encoder on pictures [3, H, W] in 0…1, computed in `dtype`: embeddings [N, D] of each."""
     vision = weights.config.vision
+    if not images:
+        return []
     if vision is None:
         raise ValueError("the model has no vision encoder")
     encoder = fill(on_meta(lambda: VisionEncoder(vision)), weights, "vision.", dtype)
-    return np.asarray(encoder(torch.from_numpy(image).to(dtype)).numpy(), np.float32)
+    return [np.asarray(encoder(torch.from_numpy(image).to(dtype)).numpy(), np.float32) for image in images]
 
 
 def pieces(tokens: int, plan: Sequence[tuple[int | None, int]]) -> Iterator[tuple[int, int | None, int]]:
@@ -168,7 +192,18 @@ def pieces(tokens: int, plan: Sequence[tuple[int | None, int]]) -> Iterator[tupl
         raise ValueError(f"the plan covers {first} tokens, not {tokens}")
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Pass:
+    """One way of our modules over a sequence: by padded chunks and single steps as `plan` says, with caches of so many
+    rows, computed in `dtype`; logits of all tokens, or of the `last` alone.
+    """
+
+    plan: Sequence[tuple[int | None, int]]
+    cache_rows: int
+    dtype: torch.dtype = torch.float32
+    last: int = 0
+
+
 def own_sequence(
     weights: Weights,
     rows: NDArray[Any],
@@ -176,39 +211,66 @@ def own_sequence(
     plan: Sequence[tuple[int | None, int]],
     cache_rows: int,
     dtype: torch.dtype = torch.float32,
-    last: int = 0,
 ) -> tuple[NDArray[np.float32], Arrays]:
-    """Our modules over the same sequence, by padded chunks and single steps as `plan` says, computed in `dtype`.
+    """One pass of `own_sequences`."""
+    return own_sequences(weights, rows, position_ids, [Pass(plan, cache_rows, dtype)])[0]
+
+
+@torch.inference_mode()
+def own_sequences(
+    weights: Weights,
+    rows: NDArray[Any],
+    position_ids: NDArray[Any],
+    passes: Sequence[Pass],
+    advance: Advance = lambda: None,
+) -> list[tuple[NDArray[np.float32], Arrays]]:
+    """Our modules over rows [T, D] at positions [3, T], several times. Every layer is read once, for all passes; those
+    in float64 come last.
 
     Returns:
-        logits [T, V], or those of the `last` tokens alone, and the final states, KV caches with all their `cache_rows`
-        rows.
+        Of each pass the logits and the final states, KV caches with all their rows.
     """
     config = weights.config
-    hidden = torch.from_numpy(rows).to(dtype)
-    positions = torch.from_numpy(position_ids)
-    states: Arrays = {}
+    hidden = [torch.from_numpy(rows).to(each.dtype) for each in passes]
+    states: list[Arrays] = [{} for _ in passes]
     for index in range(config.text.num_hidden_layers):
         part = range(index, index + 1)
         decoder = on_meta(lambda p=part: Decoder(config.text, p, head=False))
-        fill(decoder, weights, "decoder.", dtype)
-        layout = state.layout(config.text, cache_rows, part)
-        current = [torch.zeros(s.shape, dtype=dtype) for s in layout]
-        outputs = []
-        for first, length, valid in pieces(len(rows), plan):
-            size = length or 1
-            chunk = torch.zeros(size, hidden.shape[1], dtype=dtype)
-            chunk[:valid] = hidden[first : first + valid]
-            places = torch.zeros(3, size, dtype=torch.int32)
-            places[:, :valid] = positions[:, first : first + valid]
-            limit = None if length is None else torch.tensor([valid], dtype=torch.int32)
-            start = torch.tensor([first], dtype=torch.int32)
-            result, current = decoder(chunk, places, start, limit, current)
-            outputs.append(result[:valid])
-        hidden = torch.cat(outputs)
-        states |= {s.name: t.numpy() for s, t in zip(layout, current, strict=True)}
-    norm = weights.tensor("decoder.norm.weight").to(dtype)
-    normed = ops.rms_norm(hidden[-last:], norm, config.text.stream_eps)
-    if config.text.head_basis:
-        normed = normed @ weights.tensor(HEAD_BASIS).to(dtype).T
-    return head_logits(partial(weights.rows, "decoder.head.weight"), config, normed), states
+        fill(decoder, weights, "decoder.")
+        for place, each in sorted(enumerate(passes), key=lambda item: item[1].dtype == torch.float64):
+            decoder.to(each.dtype)  # float32 to float64 once, which loses nothing
+            layout = state.layout(config.text, each.cache_rows, part)
+            current = [torch.zeros(s.shape, dtype=each.dtype) for s in layout]
+            hidden[place], current = _through(decoder, hidden[place], position_ids, each.plan, current)
+            states[place] |= {s.name: t.numpy() for s, t in zip(layout, current, strict=True)}
+        advance()
+    norm = weights.tensor("decoder.norm.weight")
+    normed = []
+    for each, found in zip(passes, hidden, strict=True):
+        last = ops.rms_norm(found[-each.last :], norm.to(each.dtype), config.text.stream_eps)
+        basis = weights.tensor(HEAD_BASIS).to(each.dtype) if config.text.head_basis else None
+        normed.append(last if basis is None else last @ basis.T)
+    return list(zip(head_logits(partial(weights.rows, "decoder.head.weight"), config, *normed), states, strict=True))
+
+
+def _through(
+    decoder: torch.nn.Module,
+    hidden: Tensor,
+    position_ids: NDArray[Any],
+    plan: Sequence[tuple[int | None, int]],
+    states: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """hidden [T, D] behind one layer, and its states."""
+    positions = torch.from_numpy(position_ids)
+    outputs = []
+    for first, length, valid in pieces(len(hidden), plan):
+        size = length or 1
+        chunk = torch.zeros(size, hidden.shape[1], dtype=hidden.dtype)
+        chunk[:valid] = hidden[first : first + valid]
+        places = torch.zeros(3, size, dtype=torch.int32)
+        places[:, :valid] = positions[:, first : first + valid]
+        limit = None if length is None else torch.tensor([valid], dtype=torch.int32)
+        start = torch.tensor([first], dtype=torch.int32)
+        result, states = decoder(chunk, places, start, limit, states)
+        outputs.append(result[:valid])
+    return torch.cat(outputs), states

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,13 @@ def replay(
     junk: float,
     *,
     reset: bool = True,
+    advance: Callable[[], None] = lambda: None,
 ) -> list[NDArray[np.float32]]:
     """Run a plan on a session; logits [V] after each call. Rows [T, D] are in the dtype of the bundle's embeddings.
     Padded ones are filled with `junk`, and where that is not zero they stand at nonsense positions.
+
+    Args:
+        advance: called behind each.
     """
     if reset:
         session.reset()
@@ -41,6 +45,7 @@ def replay(
             inputs["valid"] = np.asarray([valid], np.int32)
         outputs = session.run("decode" if length is None else f"prefill_{length}", inputs)
         results.append(join_logits(outputs))
+        advance()
     return results
 
 

@@ -20,12 +20,16 @@ from numpy.typing import NDArray
 
 from export.checkpoint.weights import Weights
 from export.model import state
+from export.model.config import ModelConfig
 from export.validate import metrics, reference
+from export.validate.reference import Arrays, Pass
 from export.validate.replay import state_errors
 
 LAST = 64
 """Tokens at the end whose logits tell the rounding of all: most was summed for them. With all, the head of a small
 model would cost more than its layers."""
+Passed = tuple[NDArray[np.float32], Arrays]
+"""Logits and states."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +53,26 @@ def _share(error: float, rounding: float, floor: float) -> float:
     return float("inf") if np.isnan(error) else error / max(rounding, floor)
 
 
-def measure(weights: Weights, rows: NDArray[np.float32], position_ids: NDArray[np.int32]) -> Rounding:
-    """Of a sequence of rows [T, D] at positions [3, T], all of it in one chunk without padding: what is asked is the
-    rounding of sums, which cuts change little.
+def passes(tokens: int) -> list[Pass]:
+    """What `between` compares: a sequence of so many tokens in one chunk without padding, in float32 and in float64.
+    What is asked is the rounding of sums, which cuts change little.
     """
-    tokens = len(rows)
-    given = weights, rows, position_ids, [(tokens, tokens)], state.cache_rows(tokens, (tokens,))
-    logits, states = reference.own_sequence(*given, torch.float32, LAST)
-    true_logits, true_states = reference.own_sequence(*given, torch.float64, LAST)
-    errors = state_errors(weights.config, true_states, states, tokens)
-    return Rounding(metrics.relative(true_logits, logits), errors)
+    plan, rows = [(tokens, tokens)], state.cache_rows(tokens, (tokens,))
+    return [Pass(plan, rows, dtype, LAST) for dtype in (torch.float32, torch.float64)]
+
+
+def between(config: ModelConfig, tokens: int, plain: Passed, exact: Passed) -> Rounding:
+    """Of the logits and states of those two passes."""
+    return Rounding(metrics.relative(exact[0], plain[0]), state_errors(config, exact[1], plain[1], tokens))
+
+
+def measure(weights: Weights, rows: NDArray[np.float32], position_ids: NDArray[np.int32]) -> Rounding:
+    """Of a sequence of rows [T, D] at positions [3, T]."""
+    found = reference.own_sequences(weights, rows, position_ids, passes(len(rows)))
+    return between(weights.config, len(rows), *found)
 
 
 def of_pictures(weights: Weights, pictures: Sequence[NDArray[Any]], embedded: Sequence[NDArray[Any]]) -> float:
     """Of the embeddings of pictures [3, H, W], `embedded` [N, D] in float32; the largest, and 0 without pictures."""
-    exact = (reference.own_vision(weights, each, torch.float64) for each in pictures)
+    exact = reference.own_vision(weights, pictures, torch.float64)
     return max((metrics.relative(true, found) for true, found in zip(exact, embedded, strict=True)), default=0.0)

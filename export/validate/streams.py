@@ -5,7 +5,7 @@ For targets whose activations are float16. Not more than one decoder layer, or t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,11 +77,12 @@ def prompts(config: ModelConfig, folder: Path, sizes: tuple[tuple[int, int], ...
 
 
 @torch.inference_mode()
-def measure(weights: Weights, probes: Sequence[Probe]) -> Streams:
+def measure(weights: Weights, probes: Sequence[Probe], advance: Callable[[], None] = lambda: None) -> Streams:
     """Run every sequence with its pictures.
 
     Args:
         weights: whose streams are not scaled yet. probes: their image tokens are expanded; pictures are [3, H, W].
+        advance: called after every layer.
     """
     vision: list[float] = []
     rows = []
@@ -100,10 +101,12 @@ def measure(weights: Weights, probes: Sequence[Probe]) -> Streams:
         plain = np.stack([embeddings[i] for i in probe.ids])
         rows.append(splice(plain, probe.ids, weights.config.image_token_id, images))
     del encoder
-    return Streams(tuple(_text(weights, probes, rows)), tuple(vision))
+    return Streams(tuple(_text(weights, probes, rows, advance)), tuple(vision))
 
 
-def _text(weights: Weights, probes: Sequence[Probe], rows: list[NDArray[np.float32]]) -> list[float]:
+def _text(
+    weights: Weights, probes: Sequence[Probe], rows: list[NDArray[np.float32]], advance: Callable[[], None]
+) -> list[float]:
     config = weights.config
     hidden = [torch.from_numpy(each) for each in rows]
     largest = [0.0] * (config.text.num_hidden_layers + 1)
@@ -120,6 +123,7 @@ def _text(weights: Weights, probes: Sequence[Probe], rows: list[NDArray[np.float
             with _watched([layer.input_norm, layer.post_norm]) as seen:
                 hidden[place], _ = decoder(hidden[place], positions, start, valid, states)
             largest[index] = _most([largest[index], *seen])
+        advance()
     largest[-1] = _most([float(each.abs().max()) for each in hidden])
     return largest
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from export.checkpoint.base import Checkpoint
 from export.checkpoint.weights import TEXT
 from export.model.config import FULL, ModelConfig
-from export.validate.reference import head_logits, load_module
+from export.validate.reference import Advance, head_logits, load_module
 from export.validate.transformers_model import head_tensor, hf_config, on_meta, without_deprecations
 
 
@@ -39,7 +39,10 @@ class Reading:
 @without_deprecations()
 @torch.inference_mode()
 def hf_logits(
-    checkpoint: Checkpoint, config: ModelConfig, readings: Sequence[Reading]
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    readings: Sequence[Reading],
+    advance: Advance = lambda: None,
 ) -> list[NDArray[np.float32]]:
     """transformers fp32: logits [wanted, V] of each reading."""
     from transformers.models.qwen3_5 import modeling_qwen3_5 as hf
@@ -57,10 +60,11 @@ def hf_logits(
         for number, rows in enumerate(hidden):
             mask = _causal(rows.shape[1]) if kind == FULL else None
             hidden[number] = layer(rows, position_embeddings=tables[number], attention_mask=mask)
+        advance()
     norm = on_meta(lambda: hf.Qwen3_5RMSNorm(config.text.hidden_size, config.text.rms_norm_eps))
     load_module(norm, checkpoint, f"{TEXT}.norm")
     asked = [norm(rows[0, list(reading.wanted)]) for rows, reading in zip(hidden, readings, strict=True)]
-    logits = head_logits(partial(checkpoint.read, head_tensor(checkpoint)), config, torch.cat(asked))
+    (logits,) = head_logits(partial(checkpoint.read, head_tensor(checkpoint)), config, torch.cat(asked))
     return np.split(logits, np.cumsum([len(rows) for rows in asked])[:-1])
 
 

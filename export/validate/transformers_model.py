@@ -70,6 +70,21 @@ def without_deprecations() -> Iterator[None]:
 
 
 @contextmanager
+def recurrent_rule() -> Iterator[None]:
+    """Inside, transformers' DeltaNet layers take tokens that come at once by its recurrent function, one by one, and
+    not by chunks. Both are functions of its module with the same arguments, which it looks up at every call.
+    """
+    from transformers.models.qwen3_5 import modeling_qwen3_5 as hf
+
+    chunked = hf.torch_chunk_gated_delta_rule
+    hf.torch_chunk_gated_delta_rule = hf.torch_recurrent_gated_delta_rule
+    try:
+        yield
+    finally:
+        hf.torch_chunk_gated_delta_rule = chunked
+
+
+@contextmanager
 def _reading_config() -> Iterator[None]:
     try:
         with quiet():

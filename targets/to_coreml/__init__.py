@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,10 +123,11 @@ class CoreMLTarget:
         manifest: Mapping[str, Any],
         prompts: Sequence[Prompt],
         pictures: Sequence[NDArray[Any]] = (),
+        advance: Callable[[float], None] = lambda share: None,
     ) -> Activations | None:
         from targets.to_coreml.lint_streams import observe_bundle
 
-        return observe_bundle(folder, manifest, prompts, pictures)
+        return observe_bundle(folder, manifest, prompts, pictures, advance)
 
 
 TARGET = CoreMLTarget()

@@ -88,21 +88,35 @@ def observe(folder: Path, manifest: Mapping[str, Any], calls: Calls) -> Observed
 
 
 def conversations(
-    manifest: Mapping[str, Any], prompts: Sequence[Prompt], pictures: Sequence[NDArray[Any]] = ()
+    manifest: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    pictures: Sequence[NDArray[Any]] = (),
+    advance: Callable[[float], None] = lambda share: None,
 ) -> Calls:
     """Every prompt as an app feeds it, with a few tokens of an answer; the first one also by each prefill length alone,
     so that no function of a package goes unseen. Then the pictures [3, H, W] that stand in no prompt.
+
+    Args:
+        advance: is told what share of all that has been run, by tokens.
     """
     contract = Contract.of(manifest)
+    alone: list[tuple[int, ...]] = [(length,) for length in contract.prefill_lengths]
+    ways = [
+        (prompt, lengths)
+        for place, prompt in enumerate(prompts)
+        for lengths in (alone if place == 0 and alone else [contract.prefill_lengths])
+    ]
+    shown = [picture.shape[1] * picture.shape[2] // contract.pixels_per_token**2 for picture in pictures]
+    tokens = sum(len(prompt.ids) for prompt, _ in ways) + sum(shown)
 
     def calls(session: Session) -> None:
-        for place, prompt in enumerate(prompts):
+        for prompt, lengths in ways:
             images = [image.transpose(1, 2, 0) for image in prompt.images]
-            ways: list[tuple[int, ...]] = [(length,) for length in contract.prefill_lengths] if place == 0 else []
-            for lengths in ways or [contract.prefill_lengths]:
-                conversation = Conversation(session, replace(contract, prefill_lengths=lengths))
-                conversation.generate(prompt.ids, images, max_new_tokens=STEPS + 1, stop=())
-        for picture in pictures:
+            conversation = Conversation(session, replace(contract, prefill_lengths=lengths))
+            conversation.generate(prompt.ids, images, max_new_tokens=STEPS + 1, stop=())
+            advance(len(prompt.ids) / tokens)
+        for picture, count in zip(pictures, shown, strict=True):
             session.run(f"vision_{picture.shape[1]}x{picture.shape[2]}", {"image": picture[None]})
+            advance(count / tokens)
 
     return calls

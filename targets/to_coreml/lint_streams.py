@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,18 @@ LAYER = re.compile(rf"{STREAM}(decoder_layers|vision_blocks)_(\d+)_\w+|{STREAM}(
 
 
 def observe_bundle(
-    folder: Path, manifest: Mapping[str, Any], prompts: Sequence[Prompt], pictures: Sequence[NDArray[Any]] = ()
+    folder: Path,
+    manifest: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    pictures: Sequence[NDArray[Any]] = (),
+    advance: Callable[[float], None] = lambda share: None,
 ) -> Activations:
     """Run a bundle's packages on the interpreter. See `targets.base.Target.observe`.
 
     Raises:
         ExportError: a package cannot be read or run.
     """
-    return summarised(folder, manifest, observe(folder, manifest, conversations(manifest, prompts, pictures)))
+    return summarised(folder, manifest, observe(folder, manifest, conversations(manifest, prompts, pictures, advance)))
 
 
 def summarised(folder: Path, manifest: Mapping[str, Any], observed: Observed) -> Activations:

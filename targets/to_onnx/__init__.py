@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +85,7 @@ class OnnxTarget:
         manifest: Mapping[str, Any],
         prompts: Sequence[Prompt],
         pictures: Sequence[NDArray[Any]] = (),
+        advance: Callable[[float], None] = lambda share: None,
     ) -> Activations | None:
         return None
 
