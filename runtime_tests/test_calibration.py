@@ -161,12 +161,11 @@ def test_a_fault_on_another_checkpoint_fails(exported: Callable[[str], Path], mo
     assert main([*words, "--quiet", "--threads", "1", "--report", str(report)]) == 3
     checks = {c["name"]: c for c in json.loads(report.read_text())["rungs"]["L3"]["checks"]}
     assert checks["L3.state_noise"]["status"] == checks["L3.given_kl"]["status"] == "FAIL"
-    assert checks["L3.kl_mean"]["status"] == "RECORDED"
 
 
 def test_a_fine_tune_that_loses_its_own_task_is_refused(tmp_path: Path) -> None:
-    """At 4 bits without conditioning, with channels that stand out; nothing is wrong by the passage, which it never
-    learned, nor by any single tensor, and the stored weights are right bit for bit: its answers tell.
+    """At 4 bits without conditioning, with channels that stand out. The passage, which it never learned, tells
+    nothing, and neither do its tensors, stored right bit for bit: its answers and states do.
     """
     recipe = tmp_path / "plain-int4.toml"
     recipe.write_text(NO_CONDITIONING)
@@ -183,7 +182,8 @@ def test_a_fine_tune_that_loses_its_own_task_is_refused(tmp_path: Path) -> None:
     failing = {name for name, check in checks.items() if check["status"] == "FAIL"}
     assert failing >= {"L3.own_kl", "L3.given_kl"}
     assert checks["L2.tensor_error"]["status"] == checks["L2.mismatches"]["status"] == "PASS"
-    assert not {name for name in failing if name.startswith("L3.") and not name.startswith(("L3.own", "L3.given"))}
+    assert {name for name in failing if not name.startswith(("L3.own", "L3.given"))} == {"L3.state_noise"}
+    assert checks["L3.kl_mean"]["status"] == "RECORDED"
 
 
 # --- the whole matrix -----------------------------------------------------------------------------------------
