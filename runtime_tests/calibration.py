@@ -15,8 +15,8 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,7 @@ from export.chat.template import load_tokenizer
 from export.checkpoint import Checkpoint, open_checkpoint
 from export.checkpoint.weights import Weights
 from export.model.session import Model, TorchSession
-from export.pace import Pace
+from export.progress import Reporter
 from export.quantize.recipe import load_recipe
 from export.sizes import CUSTOM, TINY, shipped_tiny
 from export.spec import ExportSpec, UsageError
@@ -62,17 +62,6 @@ TWIN_SIZES = ((64, 64), (64, 96), (96, 64))
 WEIGHTS = ("weights", "decoder", "embedding", "vision")
 """Roles of files."""
 Record = dict[str, Any]
-
-
-class Silent:
-    """A pipeline's progress that says nothing."""
-
-    @contextmanager
-    def stage(self, name: str, total: float | None = None) -> Iterator[Pace]:
-        yield Pace()
-
-    def notice(self, text: str) -> None:
-        """Nobody is told."""
 
 
 @dataclass
@@ -145,7 +134,7 @@ class Built:
     @classmethod
     def of(cls, subject: Subject, target: str, recipe: str, name: str = "right") -> Built:
         output = subject.scratch / f"{subject.name}-{target}-{recipe}-{name}"
-        made = pipeline.run(subject.spec(target, recipe, output), Silent())
+        made = pipeline.run(subject.spec(target, recipe, output), Reporter(quiet=True))
         return cls(subject, target, recipe, made.path, made.manifest)
 
     def again(self, name: str) -> Built:
@@ -171,7 +160,7 @@ class Built:
             self.folder,
             self.manifest,
             1,
-            Silent().stage,
+            Reporter(quiet=True).stage,
             rungs,
             with_latency=False,
             known=self.subject.known if known is None else known,

@@ -53,7 +53,10 @@ TOKENS, LENGTHS = 48, (16,)
 TEXT, VISION = 30_000.0, 65_000.0
 """What the streams of the twin come close to."""
 WITHIN = 2e-3
-"""Of float32: root mean square of the difference, relative to that of what is expected."""
+"""Of float32: root mean square of the difference, relative to that of what is expected. The ladder's own measure,
+the worst difference over the largest logit (`metrics.relative`), is no demand: a token or two in a hundred amplify
+whatever is rounded, weights in float16 alone move theirs by 2e-3.
+"""
 MOST = 2.0
 """Times the loss of the original that a quantised twin's may be."""
 LIVELY = 5e-3
@@ -173,8 +176,11 @@ def answered(small: Small, folder: Path, manifest: dict[str, Any]) -> tuple[NDAr
 
 
 def seen(small: Small, folder: Path, manifest: dict[str, Any]) -> Activations:
-    found = load_target("coreml").observe(folder, manifest, [replace(small.probe, ids=small.probe.ids[:-8])])
+    told: list[float] = []
+    probe = replace(small.probe, ids=small.probe.ids[:-8])
+    found = load_target("coreml").observe(folder, manifest, [probe, probe], small.probe.images, told.append)
     assert found is not None
+    assert sum(told) == pytest.approx(1) and len(told) == len(LENGTHS) + 2 and min(told) > 0
     return found
 
 
@@ -223,7 +229,8 @@ def test_tiny_with_large_streams_is_close_to_float32(profile: str, tmp_path: Pat
     scale = measure(given.weights, [given.probe]).scale
     manifest = lowered(scaled(given.weights, scale), tmp_path / "bundle", profile)
     picture, logits = answers(given, tmp_path / "bundle", manifest)
-    sys.stdout.write(f"{profile} {scale}: pictures {picture:.1e}, logits {logits:.1e}\n")
+    worst = metrics.relative(given.ends, answered(given, tmp_path / "bundle", manifest)[0])
+    sys.stdout.write(f"{profile} {scale}: pictures {picture:.1e}, logits {logits:.1e}, worst logit {worst:.1e}\n")
     assert picture < WITHIN and logits < WITHIN
 
 

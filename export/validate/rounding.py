@@ -31,12 +31,10 @@ from export.validate.replay import state_errors
 LAST = 64
 """Tokens at the end whose logits tell the rounding of all: most was summed for them. With all, the head of a small
 model would cost more than its layers."""
-Passed = tuple[NDArray[np.float32], Arrays]
-"""Logits and states."""
-
-
 ROWS = 64
 """Rows of each matrix that tell the noise of all."""
+Passed = tuple[NDArray[np.float32], Arrays]
+"""Logits and states."""
 
 
 @dataclass(frozen=True)
