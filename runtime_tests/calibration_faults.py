@@ -30,6 +30,8 @@ WITHOUT_EFFECT = {
     "wrong head grouping": "key and value heads are equal in number: each key head serves one value head",
 }
 """Faults that some checkpoint cannot have, and why."""
+FOUR_HEADS = ("positions of queries off by one",)
+"""Faults that know queries by their four heads."""
 UNSEEN = {"heads": ("one axis of positions for all three",)}
 """Faults that change less than rounding does: pictures of 2 by 3 tokens differ little in their axes."""
 NONE = "none"
@@ -88,6 +90,8 @@ def possible(name: str, subject: Subject) -> bool:
     if config.vision is None and any(word in name for word in OF_PICTURES):
         return False
     if name in UNSEEN.get(subject.name, ()):
+        return False
+    if name in FOUR_HEADS and config.text.num_attention_heads != 4:
         return False
     equal = config.text.linear_num_key_heads == config.text.linear_num_value_heads
     return not (equal and name in WITHOUT_EFFECT)
