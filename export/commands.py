@@ -410,7 +410,8 @@ def lint(options: argparse.Namespace) -> int:
     with Reporter(quiet=options.quiet, json_lines=options.json).stage("lint"):
         findings = target.lint(bundle.path, bundle.manifest)
         if options.activations and findings is not None and not any(f.severity == "error" for f in findings):
-            seen = target.observe(bundle.path, bundle.manifest, examples(bundle.path, bundle.manifest))
+            prompts = examples(bundle.path, bundle.manifest, passages=True)
+            seen = target.observe(bundle.path, bundle.manifest, prompts)
             findings += seen.findings if seen is not None else []
     if findings is None:
         raise UsageError(f"{bundle.path.name} is for {name}, which has no linter; coreml bundles have one")

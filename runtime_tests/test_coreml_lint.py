@@ -18,9 +18,12 @@ import torch
 
 from export.__main__ import main
 from export.bundle.reader import Bundle
+from export.chat.template import load_tokenizer
+from export.model.config import ModelConfig
 from export.quantize.recipe import load_recipe
+from export.sizes import shipped_tiny
 from export.spec import ExportError
-from export.validate.examples import examples
+from export.validate.examples import QUESTION, TEXT_TOKENS, examples
 from runtime_tests.conftest import MemoryCheckpoint, build, variant
 from runtime_tests.mil import function, mb, narrow, save
 from targets import TARGETS, load_target
@@ -115,6 +118,41 @@ def test_our_packages_have_no_errors(ours: tuple[str, Path, dict[str, Any]]) -> 
     assert [f"{f.where}: {f.text}" for f in findings if f.severity == "error"] == []
     assert {found.rule for found in findings} <= WARNINGS[profile]
     refuse(findings)
+
+
+OWN = (
+    "{% for m in messages %}Ask: {% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if c.type == 'image' else c.text }}{% endfor %}{% endif %}"
+    "{% endfor %} Say:"
+)
+"""A template that is not the shipped one."""
+
+
+def test_prompts_are_rendered_by_the_bundles_own_template(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(shipped_tiny() / name, tmp_path / name)
+    (tmp_path / "chat_template.jinja").write_text(OWN)
+    image = ModelConfig.from_dict(json.loads((shipped_tiny() / "config.json").read_text())).image_token_id
+    tokenizer: dict[str, Any] = {"special_token_ids": {"image": image}, "stop_token_ids": [1]}
+    manifest = {
+        "context_length": 256,
+        "prefill_lengths": [16],
+        "image_sizes": [[64, 96]],
+        "signatures": {"vision_64x96": {"outputs": [{"shape": [1, 6, 128]}]}},
+        "tokenizer": tokenizer,
+    }
+    question, pictured = examples(tmp_path, manifest)
+    decode = load_tokenizer(tmp_path).decode
+    assert decode(question.ids) == f"Ask: {QUESTION} Say:" and question.images == []
+    assert decode(pictured.ids) == f"Ask: <|vision_start|>{'<|image_pad|>' * 6}<|vision_end|>{QUESTION} Say:"
+    assert [image.shape for image in pictured.images] == [(3, 64, 96)]
+    text, *others = examples(tmp_path, manifest, passages=True)
+    assert (len(text.ids), [prompt.ids for prompt in others]) == (TEXT_TOKENS, [question.ids, pictured.ids])
+    assert examples(tmp_path, {**manifest, "context_length": 4}, passages=True)[0].ids == text.ids[:3]
+    tokenizer["template"] = {"pictures": False}
+    assert [prompt.ids for prompt in examples(tmp_path, manifest)] == [question.ids]
+    (tmp_path / "chat_template.jinja").unlink()
+    assert decode(examples(tmp_path, manifest)[0].ids) == QUESTION
 
 
 def test_every_value_of_a_short_run_is_seen(ours: tuple[str, Path, dict[str, Any]]) -> None:

@@ -23,10 +23,11 @@ from export.checkpoint.weights import Weights
 from export.model import state
 from export.model.positions import splice
 from export.model.session import Model
+from export.quantize.conditioned import weights_for
 from export.quantize.quantizer import Quantizer
-from export.quantize.recipe import Recipe
+from export.quantize.recipe import Recipe, load_recipe
 from export.quantize.scale import COMFORTABLE, ScaledWeights, ScaleError, StreamScale, scaled
-from export.validate import activations, reference, task
+from export.validate import activations, metrics, reference, task
 from export.validate.case import Rung, make_plan
 from export.validate.gates import GATES
 from export.validate.probe import Probe, make_probe
@@ -52,7 +53,12 @@ TOKENS, LENGTHS = 48, (16,)
 TEXT, VISION = 30_000.0, 65_000.0
 """What the streams of the twin come close to."""
 WITHIN = 2e-3
-"""Of float32: root mean square of the difference, relative to that of what is expected."""
+"""Of float32: root mean square of the difference, relative to that of what is expected. The ladder's own measure,
+the worst difference over the largest logit (`metrics.relative`), is no demand: a token or two in a hundred amplify
+whatever is rounded, weights in float16 alone move theirs by 2e-3.
+"""
+MOST = 2.0
+"""Times the loss of the original that a quantised twin's may be."""
 LIVELY = 5e-3
 """The same for logits of the small random checkpoint: 3.7e-3 whatever its streams are, even of order one."""
 
@@ -93,6 +99,12 @@ class Small:
     images: list[NDArray[np.float32]]
     logits: NDArray[np.float32]
 
+    @property
+    def ends(self) -> NDArray[np.float32]:
+        """Logits after the last token of every call."""
+        calls = reference.pieces(TOKENS, make_plan(TOKENS, LENGTHS))
+        return self.logits[[first + valid - 1 for first, _, valid in calls]]
+
 
 def small(weights: Weights, text: list[int] | None = None) -> Small:
     """Weights and what they answer on a probe of random or given tokens."""
@@ -121,11 +133,12 @@ def factors(streams: Streams) -> tuple[float, float]:
     return text, vision
 
 
-def lowered(weights: Weights, folder: Path, profile: str) -> dict[str, Any]:
-    """A bundle's packages; the manifest holds what sessions and the linter read of it."""
-    job = Job(
-        weights.config, Quantizer(weights, Recipe.unquantised()), TOKENS, LENGTHS, (SIZE,), folder, profile=profile
-    )
+def lowered(weights: Weights, folder: Path, profile: str, recipe: Recipe | None = None) -> dict[str, Any]:
+    """A bundle's packages, by default without quantisation; the manifest holds what sessions and the linter read."""
+    folder.mkdir(exist_ok=True)
+    chosen = recipe or Recipe.unquantised()
+    quantizer = Quantizer(weights, chosen, load_target("coreml").capabilities.smallest_scale)
+    job = Job(weights.config, quantizer, TOKENS, LENGTHS, (SIZE,), folder, profile=profile)
     made = load_target("coreml").lower(job)
     return {
         "signatures": made.signatures,
@@ -148,14 +161,18 @@ def off(expected: Any, got: Any) -> float:
 
 def answers(small: Small, folder: Path, manifest: dict[str, Any]) -> tuple[float, float]:
     """How far pictures and logits of the packages are from float32."""
+    logits, images = answered(small, folder, manifest)
+    return max(off(a, b) for a, b in zip(small.images, images, strict=True)), off(small.ends, logits)
+
+
+def answered(small: Small, folder: Path, manifest: dict[str, Any]) -> tuple[NDArray[np.float32], list[NDArray[Any]]]:
+    """Logits of the packages after every call, and their embeddings of the pictures."""
     plan = make_plan(TOKENS, LENGTHS)
-    ends = [first + valid - 1 for first, _, valid in reference.pieces(TOKENS, plan)]
     with closing(load_target("coreml").open(folder, manifest, 1)) as session:
         images = image_embeddings(session, small.probe.images)
         rows = session.run("embed", {"input_ids": np.asarray([small.probe.ids], np.int64)})["embeddings"][0]
         rows = splice(np.array(rows), small.probe.ids, small.weights.config.image_token_id, images)
-        logits = np.stack(replay(session, rows, small.probe.positions, plan, junk=0.0))
-    return max(off(a, b) for a, b in zip(small.images, images, strict=True)), off(small.logits[ends], logits)
+        return np.stack(replay(session, rows, small.probe.positions, plan, junk=0.0)), images
 
 
 def seen(small: Small, folder: Path, manifest: dict[str, Any]) -> Activations:
@@ -174,8 +191,6 @@ def test_large_streams_answer_as_float32_only_if_they_are_scaled(profile: str, t
     scale = streams.scale
     assert scale.text <= 2**-2 and scale.vision <= 2**-3
     right, wrong = tmp_path / "right", tmp_path / "wrong"
-    right.mkdir()
-    wrong.mkdir()
     manifest = lowered(scaled(twin.weights, scale), right, profile)
     picture, logits = answers(twin, right, manifest)
     assert picture < WITHIN and logits < LIVELY
@@ -212,11 +227,43 @@ def test_tiny_with_large_streams_is_close_to_float32(profile: str, tmp_path: Pat
     large = FolderCheckpoint(twins.write(TINY, tmp_path / "twin", stream=text, vision_stream=vision))
     given = small(Weights(large, large.model_config), tokens)
     scale = measure(given.weights, [given.probe]).scale
-    (tmp_path / "bundle").mkdir()
     manifest = lowered(scaled(given.weights, scale), tmp_path / "bundle", profile)
     picture, logits = answers(given, tmp_path / "bundle", manifest)
-    sys.stdout.write(f"{profile} {scale}: pictures {picture:.1e}, logits {logits:.1e}\n")
+    worst = metrics.relative(given.ends, answered(given, tmp_path / "bundle", manifest)[0])
+    sys.stdout.write(f"{profile} {scale}: pictures {picture:.1e}, logits {logits:.1e}, worst logit {worst:.1e}\n")
     assert picture < WITHIN and logits < WITHIN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("profile", ["gpu", "ane"])
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_quantised_twins_lose_at_most_twice_what_the_original_loses(name: str, profile: str, tmp_path: Path) -> None:
+    """Conditioned, then scaled, as an export does it: streams near the end of float16, and channels that stand out in
+    text, vision and merger.
+    """
+    recipe, tokens = load_recipe(name), task.text(load_tokenizer(TINY), TOKENS)
+    plain = FolderCheckpoint(TINY)
+    probe = make_probe(plain.model_config, TOKENS, (SIZE,), text=tokens)
+    text, vision = factors(measure(Weights(plain, plain.model_config), [probe]))
+    kinds: dict[str, dict[str, Any]] = {
+        "original": {},
+        "streams": {"stream": text, "vision_stream": vision},
+        "outliers": {"outliers": 32, "mlp_outliers": 32},
+    }
+    found = {}
+    for kind, options in kinds.items():
+        twin = FolderCheckpoint(twins.write(TINY, tmp_path / kind, **options))
+        given = small(Weights(twin, twin.model_config), tokens)
+        weights = weights_for(twin, twin.model_config, recipe.conditioning)
+        scale = measure(weights, [given.probe]).scale
+        assert scale.changes == (kind == "streams")
+        manifest = lowered(scaled(weights, scale), tmp_path / f"{kind} bundle", profile, recipe)
+        logits, images = answered(given, tmp_path / f"{kind} bundle", manifest)
+        seen = [weights.to_stream(torch.from_numpy(image)).numpy() for image in given.images]
+        pictures = max(off(a, b) for a, b in zip(seen, images, strict=True))
+        found[kind] = pictures, float(metrics.kl(given.ends, logits).mean())
+    sys.stdout.write(f"{name} {profile} (pictures, KL): {found}\n")
+    assert all((np.array(losses) <= MOST * np.array(found["original"])).all() for losses in found.values()), found
 
 
 def test_scaled_weights_answer_as_the_others_in_float32(twin: Small) -> None:

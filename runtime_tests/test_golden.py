@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,10 +19,12 @@ from PIL import Image
 from export.__main__ import main
 from export.bundle.manifest import load
 from export.chat.conversation import Contract
+from export.quantize.recipe import Setting
 from export.sizes import SHIPPED
 from export.validate import golden
-from export.validate.gates import Check
+from export.validate.gates import GATES, Check
 from export.validate.golden import Golden, GoldenError
+from export.validate.ladder import row
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / SHIPPED
@@ -88,13 +91,16 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("golden"), drawn(64, 64))
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("bundle") / "fp32"
-    words = ["--target", "onnx", "--size", "tiny", "--recipe", "fp32", "-o", str(output), "--skip-validation"]
+def exported(output: Path, recipe: str) -> Path:
+    words = ["--target", "onnx", "--size", "tiny", "--recipe", recipe, "-o", str(output), "--skip-validation"]
     shape = ["--prefill-lengths", "16", "--context-length", "64", "--image-sizes", "64x64"]
     assert main([*words, *shape, "--quiet", "--threads", "1"]) == 0
     return output
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(tmp_path_factory.mktemp("bundle") / "fp32", "fp32")
 
 
 @pytest.fixture
@@ -151,6 +157,27 @@ def test_a_resized_picture_has_gates_of_its_own(
     assert code == 0, checks
     assert 1e-5 < checks["golden.logits"]["value"] < 1e-3 and checks["golden.logits"]["limit"] == 0.01
     assert checks["golden.ids"]["status"] == "RECORDED" and checks["golden.sqnr_db"]["limit"] == 40
+
+
+def test_two_bundles_are_held_side_by_side(
+    published: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each by the row of its own weights. What quantised weights have no gate for stands beside a gate."""
+    pair = [str(bundle), str(exported(tmp_path / "int8", "int8"))]
+    words = ["validate", *pair, "--golden", str(published), "--quiet", "--threads", "1"]
+    capsys.readouterr()
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {parts[0]: parts[1:] for line in lines if (parts := re.split(r"\s{2,}", line))}
+    assert rows["recipe"] == ["fp32", "int8"] and rows["of the rungs"] == ["golden", "golden"]
+    assert rows["verdict"] == ["passed", "passed"] and rows["golden.tokens"] == ["1", "1"]
+    assert float(rows["golden.logits"][0]) < 1e-5 < 1e-3 < float(rows["golden.logits"][1])
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["bundles"]
+    limits = [{c["name"]: c["limit"] for c in each["report"]["rungs"]["golden"]["checks"]} for each in found]
+    assert [limit["golden.logits"] for limit in limits] == [1e-4, None]
+    wanted = [GATES[f"golden.{kind}.sqnr_db"].limit for kind in ("fp32", "int8")]
+    assert [limit["golden.sqnr_db"] for limit in limits] == wanted
 
 
 def moved(first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -368,13 +395,10 @@ def test_a_broken_bundle_fails_by_every_row(known: tuple[Golden, Contract]) -> N
 
 @pytest.mark.parametrize(
     ("bits", "floats", "expected"),
-    [(32, "float32", "fp32"), (32, "float16", "fp16"), (8, "float16", "int8"), (4, "float32", "int4")],
+    [((32,), "float32", "fp32"), ((32,), "float16", "fp16"), ((32, 8), "float16", "int8"), ((8, 4), "float32", "int4")],
 )
-def test_the_row_is_that_of_the_narrowest_weights(bits: int, floats: str, expected: str, bundle: Path) -> None:
-    manifest = load(bundle / "manifest.json")
-    role = {"bits": bits, "group_size": None, "method": "rtn" if bits < 16 else "none", "symmetric": True}
-    manifest["quantization"]["roles"]["decoder"] |= role
-    assert golden.row(manifest, floats) == expected
+def test_the_row_is_that_of_the_narrowest_weights(bits: tuple[int, ...], floats: str, expected: str) -> None:
+    assert row([None, *map(Setting, bits)], floats) == expected
 
 
 def test_the_published_golden_says_which_size_to_export(bundle: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from export import plan
-from export.bundle.manifest import SCHEMA
+from export.bundle.manifest import SCHEMA, BundleError
 from export.checkpoint.random import RandomCheckpoint
 from export.checkpoint.weights import Weights, parameters
 from export.model.config import FULL, ModelConfig
@@ -24,7 +24,7 @@ from export.quantize.rtn import quantize_block
 from export.report import card
 from export.sizes import SIZES
 from export.spec import ExportSpec, UsageError
-from export.validate.case import Case
+from export.validate.case import Case, Rung
 from export.validate.ladder import l2, quality
 from runtime_tests.conftest import MemoryCheckpoint, build, variant
 from targets import load_target
@@ -366,10 +366,18 @@ def test_l2_every_target_stores_what_the_recipe_says(target: str, fine: Recipe, 
     _, manifest, _ = build(checkpoint, folder, fine, target, lengths=(16,))
     rung = l2(Case(checkpoint, checkpoint.model_config, fine, load_target(target), folder, manifest, 1))
     assert rung.status == "PASS", rung.series
-    if target == "executorch":  # ONNX's tensors are called by their setting: another one's would be missing
-        other = replace(fine, roles={**fine.roles, "mlp_down": Setting(4, 64)})
-        wrong = l2(Case(checkpoint, checkpoint.model_config, other, load_target(target), folder, manifest, 1)).series
-        assert wrong["wrong"] == ["decoder.layers.1.mlp.down.weight"], "the one layer without a table"
+
+    def judged(setting: Setting) -> Rung:
+        """By another recipe. Only one layer, which has no table, follows it."""
+        other = replace(fine, roles={**fine.roles, "mlp_down": setting})
+        return l2(Case(checkpoint, checkpoint.model_config, other, load_target(target), folder, manifest, 1))
+
+    name = "decoder.layers.1.mlp.down.weight"
+    assert judged(Setting(4, 64)).series["wrong"] == [name], "files do not say how scales were chosen"
+    for setting, told in ((Setting(8), "in 8 bits, one scale per output channel"), (Setting(32), "as floats")):
+        message = f"stores {name} in 4 bits, groups of 64, recipe fine says {told}; a bundle is judged by the recipe"
+        with pytest.raises(BundleError, match=rf"{re.escape(message)} .*: restore its manifest, or export it anew"):
+            judged(setting)
 
 
 # --- scales that clip nothing ---------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from export.spec import UsageError
 from export.validate import metrics
 from export.validate.case import Rung
 from export.validate.gates import Check, gated, recorded
+from export.validate.ladder import row
 from targets.base import Target
 
 NAME = "golden"
@@ -242,15 +243,6 @@ def _check_prompt(golden: Golden, tokenizer: Any, image: int) -> None:
     )
 
 
-def row(manifest: Mapping[str, Any], floats: str) -> str:
-    """Which row of the gates a bundle is held to, by its manifest alone: that of the narrowest weights, or of the
-    runtime's activations where nothing is quantised. See `ladder.quality`, which looks at the weights.
-    """
-    entries = Recipe.from_manifest(manifest["quantization"]).entries()
-    bits = min(setting.bits if setting.quantised else 32 for _, setting in entries)
-    return "int4" if bits <= 4 else "int8" if bits <= 8 else "fp32" if floats == "float32" else "fp16"
-
-
 def hold(golden: Golden, folder: Path, manifest: dict[str, Any], target: Target, threads: int) -> Rung:
     """The bundle on its runtime against the golden.
 
@@ -262,7 +254,9 @@ def hold(golden: Golden, folder: Path, manifest: dict[str, Any], target: Target,
         conversation = Conversation(session, contract)
         logits = [conversation.feed(golden.ids, [golden.picture])]
         logits += [conversation.feed([token]) for token in golden.tokens[:-1]]
-    kind = row(manifest, target.capabilities.floats)
+    # By the manifest alone: which of its entries no weight follows, only the checkpoint could tell.
+    settings = (setting for _, setting in Recipe.from_manifest(manifest["quantization"]).entries())
+    kind = row(settings, target.capabilities.floats)
     resized = golden.picture.shape[:2] != contract.image_sizes[0]
     checks, notes = _checks(golden, np.stack(logits), contract, kind, resized)
     notes.append(f"The golden is of {golden.model_id}: {golden.prompt!r}, with a picture.")

@@ -8,7 +8,7 @@ lowerings must fail here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -19,19 +19,21 @@ from export.chat.conversation import Contract
 from export.model import state
 from export.model.positions import splice
 from export.quantize.quantizer import Quantizer
-from export.quantize.recipe import general
+from export.quantize.recipe import Setting, general
 from export.validate import costs, metrics, reference, rounding
 from export.validate.answers import own_answers, task_accuracy, text_runner
 from export.validate.case import Case, Rung, make_plan
 from export.validate.drift import drift, stress
-from export.validate.gates import FLOOR, GATES, Check, gated, recorded
+from export.validate.gates import DEPTH, FLOOR, GATES, Check, gated, recorded
 from export.validate.lowered import l1
 from export.validate.probe import picture_tokens
-from export.validate.replay import canonical, image_embeddings, replay, state_errors, worst
+from export.validate.replay import canonical, image_embeddings, replay, state_errors, state_noise, worst
 from export.validate.scores import Scores
 from targets.base import Rows, Session
 
 RUNGS = ("L0", "L1", "L2", "L3")
+UNQUANTISED = ("fp32", "fp16")
+"""Kinds of weights (`quality`) that nothing rounds but the dtype of the bundle's floats."""
 
 
 def l0(case: Case) -> Rung:
@@ -187,11 +189,10 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
     ends = [first + valid - 1 for first, _, valid in reference.pieces(len(rows), case.plan)]
     with case.pace.part("probe", len(case.plan)):
         logits = np.stack(replay(session, rows, probe.positions, case.plan, junk=0.0, advance=case.pace.advance))
-    errors = state_errors(config, true_states, canonical(config, session.states()), len(rows))
+    found = canonical(config, session.states())
+    errors = state_errors(config, true_states, found, len(rows))
     kind = quality(case)
-
-    def quality_check(name: str, value: float) -> Check:
-        return gated(f"L3.{name}", value, f"L3.{kind}.{name}", enforced=case.gate_quality)
+    quality_check = _gate_of(case, kind, case.gate_quality)
 
     series: dict[str, Any] = {"states": errors}
     notes: list[str] = []
@@ -204,29 +205,27 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
     series |= {"kl": [float(x) for x in scored["text"].kl], "rows": [ends[n] for n in at_text]}
     series |= {"picture_kl": [float(x) for x in scored["pictures"].kl], "picture_rows": [ends[n] for n in at_pictures]}
     worst_state = max(errors.values())
-    checks = [
-        quality_check("states", worst_state) if kind == "fp16" else recorded("L3.states", worst_state),
-        quality_check("chunking", _chunking(case, session, rows)),
-    ]
+    if kind in UNQUANTISED:
+        checks = [quality_check("states", worst_state)]
+    else:
+        noise = max(state_noise(true_states, found, len(rows)).values())
+        checks = [quality_check("state_noise", noise), recorded("L3.states", worst_state)]
     text = scored["text"]
     read = drift(case, session, series, notes) if case.drift_steps else None
     if read is not None:
         text = Scores.joined([text, read.scores])
     known = case.text is None or case.familiar or not text.lost(config.text.vocab_size)
-
-    def text_check(name: str, value: float) -> Check:
-        return gated(f"L3.{name}", value, f"L3.{kind}.{name}", enforced=case.gate_quality and known)
-
-    found = _text_checks(case, text, text_check, notes)
+    text_check = _gate_of(case, kind, case.gate_quality and known)
+    of_text = [*_text_checks(case, text, text_check, notes), text_check("chunking", _chunking(case, session, rows))]
     if read is not None:
-        found += read.checks(text_check)
+        of_text += read.checks(text_check)
     if not known:
         notes.append(
             f"The checkpoint never learned the text of the probe: transformers' perplexity on it is "
             f"{text.perplexity_reference:,.0f} with a vocabulary of {config.text.vocab_size:,}. What is measured on it "
             "is recorded without a gate; the answers judge."
         )
-    checks = [*found, *checks]
+    checks = [*of_text, *checks]
     if at_pictures:
         checks.append(recorded("L3.kl_pictures", float(scored["pictures"].kl.mean())))
     if case.pictures:
@@ -239,6 +238,19 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
     if case.task is not None:
         checks += task_accuracy(case, case.task, session, contract, quality_check, series)
     return Rung("L3", checks, series, notes), rows, logits
+
+
+def _gate_of(case: Case, kind: str, enforced: bool) -> Callable[[str, float], Check]:
+    """Checks of L3 by the gates of a kind of weights, or by those for all quantised ones where it has none."""
+
+    def check(name: str, value: float) -> Check:
+        own = f"L3.{kind}.{name}"
+        gate = own if own in GATES else f"L3.{name}"
+        noise = case.noise if gate in GATES and GATES[gate].of_noise else None
+        layers = case.config.text.num_hidden_layers if name == "state_noise" else DEPTH
+        return gated(f"L3.{name}", value, gate, enforced=enforced, noise=noise, layers=layers)
+
+    return check
 
 
 def _text_checks(
@@ -285,13 +297,18 @@ def _chunking(case: Case, session: Session, rows: NDArray[Any]) -> float:
 
 
 def quality(case: Case, role: str | None = None) -> str:
-    """Which row of the gates a bundle is held to, or the weights of one general role in it: that of the narrowest
-    weights that it really has, or of the runtime's activations where nothing is quantised.
-    """
+    """Which row of the gates a bundle is held to by the weights that it really has, or those of one general role."""
     quantizer = Quantizer(case.weights, case.recipe)
     names = [name for name, p in case.weights.parameters.items() if role is None or general(p.role) == role]
-    bits = min(setting.bits if (setting := quantizer.setting(name)) else 32 for name in names)
-    return "int4" if bits <= 4 else "int8" if bits <= 8 else "fp32" if case.floats == "float32" else "fp16"
+    return row((quantizer.setting(name) for name in names), case.floats)
+
+
+def row(settings: Iterable[Setting | None], floats: str) -> str:
+    """Which row of the gates weights that are stored so are held to: that of the narrowest, or of the runtime's
+    activations, of dtype `floats`, where none is quantised.
+    """
+    bits = min(32 if setting is None else setting.bits for setting in settings)
+    return "int4" if bits <= 4 else "int8" if bits <= 8 else "fp32" if floats == "float32" else "fp16"
 
 
 def climb(case: Case, rungs: tuple[str, ...] = RUNGS, on_rung: Callable[[str], None] = lambda r: None) -> list[Rung]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from export.bundle.manifest import BundleError
 from export.quantize.quantizer import Quantizer
+from targets.stored import FLOATS, check_storage, check_table
 from targets.table import Table
 from targets.to_coreml.blob import BITS, DTYPES, BlobTensor
 from targets.to_coreml.program import Constant, Operation, Package, Reference
@@ -46,6 +47,7 @@ def stored_weights(folder: Path, manifest: Mapping[str, Any], quantizer: Quantiz
     known = {name.replace(".", "_"): name for name in quantizer.weights.parameters}
     for stage in manifest["signatures"]["embed"]["stages"]:
         table = Table(folder, stage)
+        check_table(stage, quantizer)
         for start in range(0, table.rows, ROWS):
             yield "embedding.weight", (start, torch.from_numpy(table[slice(start, start + ROWS)]))
     for file in packages(manifest):
@@ -103,6 +105,7 @@ def _rows(
         rows = array[0, :, 0].T if array.ndim == 4 else array[0]
         yield f"{name}@{rest}", (0, torch.from_numpy(np.ascontiguousarray(rows)))
         return
+    check_storage(file, name, *_declared(values, lut, scales), quantizer)
     if scales is None and lut is None:
         if rest == "t":
             whole = _array(values).astype(np.float32).reshape(shape[::-1]).T
@@ -138,6 +141,15 @@ def _rows(
                 rows = rows - _slice(offsets, start, stop).astype(np.float32).reshape(scale.shape)
             rows = rows * scale
         yield name, (first + start, torch.from_numpy(rows.reshape(count, -1)))
+
+
+def _declared(values: Any, lut: Any, scales: Any) -> tuple[int, int | None]:
+    """Bits and group size of a matrix [N, K], as `check_storage` wants them."""
+    if lut is None and scales is None:
+        return FLOATS, None
+    bits = 8 if str(values.dtype) == "int8" else 4
+    groups = (lut if scales is None else scales).shape[1]
+    return bits, None if bits == 8 and groups == 1 else values.shape[1] // groups
 
 
 def _array(value: Any) -> NDArray[Any]:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from export.bundle.manifest import BundleError
 from export.quantize.quantizer import Quantizer
+from targets.stored import FLOATS, check_storage, check_table
 from targets.table import Table
 
 ROWS = 4096
@@ -116,6 +117,7 @@ def stored_weights(folder: Path, manifest: Mapping[str, Any], quantizer: Quantiz
     known = quantizer.weights.parameters
     for stage in manifest["signatures"]["embed"]["stages"]:
         table = Table(folder, stage)
+        check_table(stage, quantizer)
         for start in range(0, table.rows, ROWS):
             yield "embedding.weight", (start, torch.from_numpy(table[slice(start, start + ROWS)]))
     for file in sorted(_files(manifest)):
@@ -129,7 +131,7 @@ def stored_weights(folder: Path, manifest: Mapping[str, Any], quantizer: Quantiz
                 yield name, (0, torch.from_numpy(array.copy()))
             halves[name] = array
         if "embedding.weight!codes" in halves:
-            yield from _gathered(halves["embedding.weight!codes"], halves["embedding.weight!scales"])
+            yield from _gathered(file, halves["embedding.weight!codes"], halves["embedding.weight!scales"], quantizer)
         for graph in pte.graphs:
             for value in graph["xvalues"]:
                 key = _key(graph, _tensor(value)["constant_buffer_idx"])
@@ -142,11 +144,14 @@ def stored_weights(folder: Path, manifest: Mapping[str, Any], quantizer: Quantiz
                     if name.startswith("small:"):
                         continue  # no parameter of the model: rows of ones and the like, which L1 judges
                     _check(name, known, file)
-                    yield from _filter(pte, graph, value, name)
+                    yield from _filter(pte, graph, value, name, quantizer)
 
 
-def _gathered(codes: NDArray[Any], scales: NDArray[Any]) -> Iterator[Weight]:
+def _gathered(file: str, codes: NDArray[Any], scales: NDArray[Any], quantizer: Quantizer) -> Iterator[Weight]:
     """An embedding as the kernels `embedding_byte` (int8) and `embedding_4bit` (high nibble first) read it."""
+    bits = 4 if codes.dtype == np.uint8 else 8
+    group = codes.shape[1] * 8 // bits // scales.shape[1]
+    check_storage(file, "embedding.weight", bits, None if bits == 8 else group, quantizer)
     for start in range(0, len(codes), ROWS):
         part = codes[start : start + ROWS]
         if part.dtype == np.uint8:
@@ -177,12 +182,15 @@ def _key(graph: Mapping[str, Any], buffer: int) -> str | None:
     return str(graph["constant_data"][buffer]["named_key"]) if buffer else None
 
 
-def _filter(pte: Pte, graph: Mapping[str, Any], value: Mapping[str, Any], name: str) -> Iterator[Weight]:
+def _filter(
+    pte: Pte, graph: Mapping[str, Any], value: Mapping[str, Any], name: str, quantizer: Quantizer
+) -> Iterator[Weight]:
     """The weight behind a constant value, as XNNPACK reads it."""
     tensor = _tensor(value)
     datatype, dims = tensor["datatype"], tensor["dims"]
     data = pte.named(str(_key(graph, tensor["constant_buffer_idx"])))
     if datatype == "xnn_datatype_fp32":
+        check_storage(pte.path.name, name.split("@")[0], FLOATS, None, quantizer)
         rows = data.view(np.float32).reshape(dims)
         if len(dims) == 4:  # taps of the depthwise convolution: [1, K, 1, Ch]
             yield name, (0, torch.from_numpy(rows[0, :, 0, :].T.copy()))
@@ -193,6 +201,7 @@ def _filter(pte: Pte, graph: Mapping[str, Any], value: Mapping[str, Any], name: 
     params = value["xvalue_union"]["quant_params"]
     scales = pte.named(str(_key(graph, params["scale_buffer_idx"])))
     if datatype == "xnn_datatype_qcint8":
+        check_storage(pte.path.name, name, 8, None, quantizer)
         codes, factors = data.view(np.int8).reshape(dims), scales.view(np.float32).reshape(dims[0], 1)
     elif datatype == "xnn_datatype_qbint4":
         codes = data.reshape(dims[0], dims[1] // 2)
@@ -203,6 +212,7 @@ def _filter(pte: Pte, graph: Mapping[str, Any], value: Mapping[str, Any], name: 
                 f"{pte.path.name} declares groups of {group} for {name} {dims}, but holds {wide.size} scales; "
                 "export the bundle anew"
             )
+        check_storage(pte.path.name, name, 4, group, quantizer)
         factors = wide.view(np.float32).reshape(dims[0], dims[1] // group)
     else:
         raise BundleError(f"{pte.path.name} stores {name} as {datatype}, which no recipe gives; export it anew")

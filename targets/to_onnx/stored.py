@@ -17,6 +17,7 @@ from torch import Tensor
 
 from export.bundle.manifest import BundleError
 from export.quantize.quantizer import Quantizer
+from targets.stored import FLOATS, check_storage
 from targets.to_onnx.pack import storage_key
 
 ROWS = 4096
@@ -30,10 +31,13 @@ def stored_weights(folder: Path, manifest: Mapping[str, Any], quantizer: Quantiz
     """(parameter, (first row, float32 rows)) for every tensor that a graph of the bundle takes from the weight
     file, the second graph for onnxruntime-genai included. A table of vision positions comes as
     `parameter@{height}x{width}` for each image size.
+
+    Raises:
+        BundleError: a tensor lies elsewhere, is no parameter's, or is stored otherwise than the recipe says.
     """
     names: dict[str, str] = {}
     for name, parameter in quantizer.weights.parameters.items():
-        names.setdefault(storage_key(parameter, quantizer.setting(name)), name)
+        names.setdefault(_source(storage_key(parameter, None)), name)
     # During an export the manifest lists no files yet: then the folder holds what was just written.
     listed = {entry["path"] for entry in manifest.get("files", ())} or {path.name for path in folder.iterdir()}
     done: set[tuple[Any, ...]] = set()
@@ -50,7 +54,11 @@ def stored_weights(folder: Path, manifest: Mapping[str, Any], quantizer: Quantiz
             place = (*(_location(folder, listed, tensors[name]) for name in inputs), settings)
             if place not in done:
                 done.add(place)
-                yield from _quantised(folder, listed, node, tensors, names[inputs[0].rsplit("|", 1)[0]])
+                name = _parameter(inputs[0].rsplit("|", 1)[0], names, file)
+                bits, block = (onnx.helper.get_node_attr_value(node, a) for a in ("bits", "block_size"))
+                # One scale per output channel is repeated for every block.
+                check_storage(file, name, bits, None if bits == 8 else block, quantizer)
+                yield from _quantised(folder, listed, node, tensors, name)
         taps: dict[str, list[Tensor]] = {}
         for tensor in graph.initializer:
             if tensor.name in packed or not tensor.external_data:
@@ -62,12 +70,27 @@ def stored_weights(folder: Path, manifest: Mapping[str, Any], quantizer: Quantiz
             key = tensor.name.rsplit(":", 1)[0]
             if "|tap" in key:
                 taps.setdefault(key.rsplit("|", 1)[0], []).append(_read(folder, listed, tensor))
-            elif key in names:
-                yield from _plain(folder, listed, tensor, names[key])
+            elif _source(key) in names:
+                name = names[_source(key)]
+                check_storage(file, name, FLOATS, None, quantizer)
+                yield from _plain(folder, listed, tensor, name)
             else:
                 yield from _positions(_read(folder, listed, tensor), key, quantizer)
         for key, columns in taps.items():
-            yield names[key], (0, torch.stack(columns, dim=1))
+            yield _parameter(key, names, file), (0, torch.stack(columns, dim=1))
+
+
+def _source(key: str) -> str:
+    """A key of the weight file without how it is stored, see `storage_key`: source rows and transform, which a tied
+    head and embedding share.
+    """
+    return key.rsplit("|", 1)[0]
+
+
+def _parameter(key: str, names: Mapping[str, str], file: str) -> str:
+    if _source(key) not in names:
+        raise BundleError(f"{file} holds {key!r}, which is no parameter of the model; export it anew")
+    return names[_source(key)]
 
 
 def _location(folder: Path, listed: set[str], tensor: onnx.TensorProto) -> tuple[Path, int, int]:
