@@ -83,7 +83,7 @@ def run(spec: ExportSpec, progress: Progress) -> Result:
                 scale = streams.measure(weights, prompts, pace.advance).scale
             weights = scaled(weights, scale)
         quantizer = Quantizer(weights, recipe, target.capabilities.smallest_scale)
-        with progress.stage("lower", total=num_parameters(weights)) as bar:
+        with progress.stage("lower", total=weights.count) as bar:
             lowered = target.lower(
                 Job(
                     weights.config,
@@ -157,17 +157,6 @@ def check_request(spec: ExportSpec, target: Target, weights: Weights, recipe: Re
                 raise UsageError(
                     f"--image-sizes {size[0]}x{size[1]}: both sides must be multiples of {vision.pixels_per_token}"
                 )
-
-
-def num_parameters(weights: Weights) -> int:
-    """Weights to be written, a tied matrix counted once."""
-    seen: dict[tuple[str, ...], int] = {}
-    for parameter in weights.parameters.values():
-        count = 1
-        for extent in parameter.shape:
-            count *= extent
-        seen[parameter.transform, *(f"{s.tensor}{s.start}" for s in parameter.segments)] = count
-    return sum(seen.values())
 
 
 def published_parameters(weights: Weights) -> int:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import io
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+from export import progress
+from export.__main__ import main
 from export.pace import Pace
 from export.progress import Reporter, remaining
+from export.validate import judge
+from export.validate.amounts import Amounts
 
 
 class Clock:
@@ -133,3 +140,57 @@ def test_the_remaining_time_is_shown_on_a_terminal_alone(monkeypatch: pytest.Mon
         slow_stage(reporter)
         assert "left" not in file.getvalue()
         assert reporter.stages[0].seconds > 0.5
+
+
+class Watched(Pace):
+    """Remembers what was announced, what ran, and how much of each part was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.announced: dict[str, float] = {}
+        self.left_out: set[str] = set()
+        self.ran: dict[str, float] = {}
+
+    def expect(self, costs: Mapping[str, float]) -> None:
+        self.announced |= costs
+        super().expect(costs)
+
+    def leave_out(self, name: str) -> None:
+        self.left_out.add(name)
+        super().leave_out(name)
+
+    @contextmanager
+    def part(self, name: str, total: float) -> Iterator[None]:
+        assert name not in self.ran, f"{name} runs twice"
+        with super().part(name, total):
+            yield
+            self.ran[name] = self._done / total
+
+
+@pytest.mark.usefixtures("one_thread", "small_buffer")
+def test_a_rung_runs_what_it_announces_and_counts_it_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first layers of the shipped checkpoint, with text, pictures, conversations and decode steps."""
+    made: list[Watched] = []
+
+    def make() -> Watched:
+        made.append(Watched())
+        return made[-1]
+
+    monkeypatch.setattr(progress, "Pace", make)
+    amounts = Amounts(probe=24, drift=8, chats=3, positions=9, steps=8)
+    monkeypatch.setattr(judge, "amounts_for", lambda weights: amounts)
+    words = ["--target", "onnx", "--size", "tiny", "--num-layers", "4", "--context-length", "128"]
+    words += ["--prefill-lengths", "64", "--image-sizes", "64x96", "--quiet", "--threads", "1"]
+    assert main([*words, "-o", str(tmp_path / "bundle")]) in (0, 3), "four of its layers fail the gates of answers"
+    rungs = [pace for pace in made if pace.announced]
+    assert len(rungs) == 5, "and the measurement of speed"
+    for pace in rungs:
+        assert set(pace.ran) <= set(pace.announced) <= set(pace.ran) | pace.left_out
+        assert min(pace.announced.values()) > 0
+    ran = {name: share for pace in made for name, share in pace.ran.items()}
+    assert ran.keys() >= {"lower", "truth", "pictures", "weights", "text", "drift", "given", "read given", "along"}
+    counted = {name: share for name, share in ran.items() if name not in {"lower", "weights"} and share}
+    assert set(counted.values()) == {1} and len(counted) >= 10, "the others are one call: nothing before its end"
+    assert 0.7 < ran["lower"] < 1.3 and 0.7 < ran["weights"] < 1.3, "of a tied matrix more or less"

@@ -122,16 +122,20 @@ VALIDATED = [
     ("coreml", "2b", 45),
 ]
 MOST_GIB = 12
+BUSY = 1.5
+"""Processors that a validated export keeps busy, of the two that its threads may use: with more processor time than so
+many times its limit it would take longer than that on an idle machine of two.
+"""
 
 
 @pytest.mark.parametrize(("target", "size", "most_minutes"), VALIDATED)
 def test_a_validated_export_ends_in_time(target: str, size: str, most_minutes: float, tmp_path: Path) -> None:
-    """Of random weights, with the default recipe and 2 threads, in minutes of one processor: so a busy machine does
-    not fail it, and an idle one with two is faster.
+    """Of random weights, with the default recipe and 2 threads. Processor time is held, which depends little on what
+    else the machine does.
     """
     command = [sys.executable, "-m", "export", "--target", target, "--size", size, "--checkpoint", "random"]
     used = watched([*command, "--quiet", "-o", str(tmp_path / "bundle")])
-    assert used.processor_seconds <= 60 * most_minutes
+    assert used.processor_seconds <= BUSY * 60 * most_minutes
     assert used.gib <= MOST_GIB
     assert json.loads((tmp_path / "bundle" / "manifest.json").read_text())["status"] == "validated"
 

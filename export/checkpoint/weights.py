@@ -6,6 +6,7 @@ order, so that a quantiser working row by row sees the same rows whatever is sta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -208,6 +209,12 @@ class Weights:
         self.checkpoint = checkpoint
         self.config = config
         self.parameters = parameters(config)
+
+    @property
+    def count(self) -> int:
+        """Weights to be written, a tied matrix counted once."""
+        seen = {(each.transform, each.segments): math.prod(each.shape) for each in self.parameters.values()}
+        return sum(seen.values())
 
     def parameter(self, name: str) -> Parameter:
         return self.parameters[name]

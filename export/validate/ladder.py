@@ -56,6 +56,7 @@ def _l0(case: Case) -> Rung:
         images, ours = seen[: len(case.probe.images)], seen[len(case.probe.images) :]
         case.pace.advance()
         its_rounding = rounding.of_pictures(case.weights, case.pictures, ours)
+        case.pace.advance()
     rows = splice(rows, case.probe.ids, case.config.image_token_id, images)
     passes = [reference.Pass(case.plan, rows_needed), *rounding.passes(len(rows))]
     with case.pace.part("ours", case.layers):
@@ -124,7 +125,7 @@ def l2(case: Case) -> Rung:
 
 def _counted(case: Case, quantizer: Quantizer) -> Iterator[tuple[str, Rows]]:
     """The stored weights; how many are behind us is told."""
-    with case.pace.part("weights", sum(math.prod(p.shape) for p in case.weights.parameters.values())):
+    with case.pace.part("weights", case.weights.count):
         for name, rows in case.target.stored_weights(case.folder, case.manifest, quantizer):
             yield name, rows
             case.pace.advance(rows[1].numel())

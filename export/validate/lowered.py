@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping
 from contextlib import closing
@@ -57,7 +56,7 @@ def l1(case: Case) -> Rung:
             max_head_columns=_head_columns(case.manifest),
             advance=case.pace.advance,
         )
-        with case.pace.part("lower", sum(math.prod(p.shape) for p in weights.parameters.values())):
+        with case.pace.part("lower", weights.count):
             lowered = case.target.lower(job)
         manifest = {
             **case.manifest,
