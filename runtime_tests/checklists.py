@@ -11,7 +11,7 @@ GATED = {
     "": {
         *("L0.logits", "L0.states", "L0.rounding", "L0.whole_model"),
         *("L2.mismatches", "L2.missing", "L2.tensor_error"),
-        *("L3.kl_mean", "L3.sqnr_db", "L3.top1", "L3.top5", "L3.chunking"),
+        *("L3.kl_mean", "L3.sqnr_db", "L3.top1", "L3.top5", "L3.chunking", "L3.state_noise"),
     },
     "float32": {"L1.logits", "L1.states", "L1.padding", "L1.embed"},
     "float16": {f"L1.{how}.{n}" for how in ("exact", "float16") for n in ("logits", "states", "padding", "embed")},

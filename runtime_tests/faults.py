@@ -49,6 +49,58 @@ def lost_between_chunks(session: Any, kind: str) -> Patcher:
     return replaced(session, "run", make)
 
 
+def fading(session: Any) -> Patcher:
+    """Recurrent states of a session class that keeps them in place lose a tenth before every decode step."""
+
+    def make(right: Any) -> Any:
+        def run(self: Any, signature: str, inputs: Any) -> Any:
+            if signature == "decode":
+                for name, state in self.states().items():
+                    if name.startswith("recurrent"):
+                        state *= np.float32(0.9)
+            return right(self, signature, inputs)
+
+        return run
+
+    return replaced(session, "run", make)
+
+
+def spoiled(session: Any, spoil: Callable[[Any], Any]) -> Patcher:
+    """Other logits [..., V] from a session class."""
+
+    def make(right: Any) -> Any:
+        def run(self: Any, signature: str, inputs: Any) -> Any:
+            outputs = dict(right(self, signature, inputs))
+            if "logits" in outputs:
+                outputs["logits"] = spoil(outputs["logits"].copy())
+            return outputs
+
+        return run
+
+    return replaced(session, "run", make)
+
+
+def blurred(logits: Any) -> Any:
+    """Noise that is the same for every token, about as large as the logits."""
+    return logits + np.random.default_rng(0).normal(0, 6, logits.shape[-1]).astype(np.float32)
+
+
+def shuffled(logits: Any) -> Any:
+    """Of the first 320 ids, which are the words of a small vocabulary."""
+    logits[..., :320] = logits[..., np.random.default_rng(0).permutation(320)]
+    return logits
+
+
+def always(token: int) -> Callable[[Any], Any]:
+    """One id above all others, whatever is asked."""
+
+    def spoil(logits: Any) -> Any:
+        logits[..., token] += 100
+        return logits
+
+    return spoil
+
+
 def first_answer(right: Any) -> Any:
     """Tables of the first image size, whatever the size."""
     known: list[Any] = []

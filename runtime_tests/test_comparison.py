@@ -9,8 +9,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
+import subprocess
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -223,15 +222,17 @@ def test_what_a_bundle_lacks_is_a_dash(columns: list[comparison.Column]) -> None
     assert "<svg" in comparison.render([comparison.Column("<thin>", Path("thin"), columns[1].manifest, report)])
 
 
-def test_a_killed_measurement_says_so(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def pool(*args: Any, **more: Any) -> Iterator[Any]:
-        class Pool:
-            def submit(self, *work: Any) -> Any:
-                raise BrokenProcessPool
-
-        yield Pool()
-
-    monkeypatch.setattr(bench, "ProcessPoolExecutor", pool)
-    with pytest.raises(ExportError, match=r"measured \S+int4 was killed, likely for lack of memory; close other"):
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (-9, r"measured \S+int4 was killed, likely for lack of memory; close other programs"),
+        (1, r"measured \S+int4 failed: ValueError: no; close other programs, or leave the measurement out"),
+    ],
+)
+def test_a_measurement_that_ends_badly_says_so(
+    code: int, message: str, pair: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = subprocess.CompletedProcess([], code, stdout="", stderr="Traceback\nValueError: no\n")
+    monkeypatch.setattr(subprocess, "run", lambda *words, **more: done)
+    with pytest.raises(ExportError, match=message):
         bench.measure_apart(pair[0], Bundle.open(pair[0]).manifest, 1)

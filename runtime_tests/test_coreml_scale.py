@@ -176,8 +176,11 @@ def answered(small: Small, folder: Path, manifest: dict[str, Any]) -> tuple[NDAr
 
 
 def seen(small: Small, folder: Path, manifest: dict[str, Any]) -> Activations:
-    found = load_target("coreml").observe(folder, manifest, [replace(small.probe, ids=small.probe.ids[:-8])])
+    told: list[float] = []
+    probe = replace(small.probe, ids=small.probe.ids[:-8])
+    found = load_target("coreml").observe(folder, manifest, [probe, probe], small.probe.images, told.append)
     assert found is not None
+    assert sum(told) == pytest.approx(1) and len(told) == len(LENGTHS) + 2 and min(told) > 0
     return found
 
 

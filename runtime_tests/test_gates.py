@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from export.__main__ import main
-from export.validate.gates import FLOOR, GATES, RECORDED, UnknownCheckError, failed, gated, recorded
+from export.validate.gates import (
+    ACTIVATIONS,
+    FLOOR,
+    GATES,
+    MOST_NOISE,
+    RECORDED,
+    UnknownCheckError,
+    failed,
+    gated,
+    recorded,
+)
 from runtime_tests import checklists
-from runtime_tests.faults import lost_between_chunks
+from runtime_tests.faults import blurred, fading, lost_between_chunks, spoiled
 from targets.to_onnx.session import OnnxSession
 
 # The bundle's session is at fault in this file: the other side of each comparison is the same for all tests.
@@ -27,18 +37,19 @@ Checks = dict[str, dict[str, Any]]
 def test_every_gate_has_a_reason_and_rejects(name: str) -> None:
     gate = GATES[name]
     worse = -1e-9 if gate.at_least else 1e-9
-    one = 1.0 if gate.in_roundings else None
-    assert len(gate.reason) > 10
-    assert gated(name, gate.limit, rounding=one).status == "PASS"
-    assert gated(name, gate.limit + worse, rounding=one).status == "FAIL"
-    assert gated(name, float("nan"), rounding=one).status == "FAIL"
-    assert not failed([gated(name, gate.limit + worse, enforced=False, rounding=one)])
+    hold = partial(gated, name, rounding=1.0 if gate.in_roundings else None, noise=1e-3 if gate.of_noise else None)
+    limit = hold(0.0).limit
+    assert limit is not None and len(gate.reason) > 10
+    assert hold(limit).status == "PASS"
+    assert hold(limit + worse).status == "FAIL"
+    assert hold(float("nan")).status == "FAIL"
+    assert not failed([hold(limit + worse, enforced=False)])
 
 
 def test_a_check_of_an_unknown_name_is_an_error() -> None:
     with pytest.raises(
         UnknownCheckError,
-        match=r"check L3\.kl_mean: there is no gate called L3\.int4\.kl_means \(did you mean L3\.int4\.kl_mean\?\); "
+        match=r"check L3\.kl_mean: there is no gate called L3\.int4\.kl_means \(did you mean L3\.kl_mean\?\); "
         r"add it to GATES, or use `recorded`",
     ):
         gated("L3.kl_mean", 0.1, "L3.int4.kl_means")
@@ -72,8 +83,27 @@ def test_some_limits_count_roundings() -> None:
         gated("L0.states", 1e-6)
 
 
+def test_some_limits_count_the_noise_of_weights() -> None:
+    times = GATES["L3.given_kl"].limit
+    small = gated("L3.given_kl", 0.9 * times * 1e-3, noise=1e-3)
+    assert small.status == "PASS" and small.limit == pytest.approx(times * (1e-3 + ACTIVATIONS))
+    assert small.reason.startswith(f"{times:g} times the noise of weights and activations, here of 1.1e-03: ")
+    assert gated("L3.given_kl", 1.2 * times * 1e-3, noise=1e-3).status == "FAIL"
+    assert gated("L3.given_kl", times * ACTIVATIONS, noise=0).status == "PASS"
+    assert gated("L3.given_kl", 0.9, noise=1).limit == MOST_NOISE, "destroyed weights excuse nothing"
+    assert gated("L3.given_kl", 0.1, noise=float("nan")).status == "FAIL"
+    share = GATES["L3.state_noise"].limit * (1e-3 + ACTIVATIONS)
+    assert gated("L3.state_noise", 0, noise=1e-3, layers=24).limit == pytest.approx(3 * share)
+    assert gated("L3.state_noise", 0, noise=0.02, layers=24).limit == MOST_NOISE
+    with pytest.raises(ValueError, match=r"check L3\.own_kl: its gate counts the noise of weights; measure it"):
+        gated("L3.own_kl", 0.1)
+
+
 def test_every_kind_of_recipe_has_every_gate() -> None:
-    assert [f"L3.{k}.{n}" for k in ("fp32", "int8", "int4") for n in QUALITY if f"L3.{k}.{n}" not in GATES] == []
+    for kind in ("fp32", "fp16", "int8", "int4"):
+        names = [name for name in QUALITY if f"L3.{kind}.{name}" not in GATES]
+        assert all(f"L3.{name}" in GATES for name in names)
+        assert kind.startswith("int") or not names, "what nothing rounds has gates of its own"
 
 
 @pytest.fixture(scope="module")
@@ -103,20 +133,11 @@ def test_the_default_recipe_passes(bundle: Path) -> None:
 
 
 def test_a_state_that_fades_is_caught_by_drift(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = OnnxSession.run
-
-    def run(self: OnnxSession, signature: str, inputs: Any) -> Any:
-        if signature == "decode":
-            for name, state in self.states().items():
-                if name.startswith("recurrent"):
-                    state *= np.float32(0.9)
-        return right(self, signature, inputs)
-
-    monkeypatch.setattr(OnnxSession, "run", run)
+    fading(OnnxSession)(monkeypatch)
     code, checks = quality(bundle)
     assert code == 3
-    assert checks["L3.drift"]["status"] == "FAIL", checks["L3.drift"]
-    assert checks["L3.chunking"]["status"] == "FAIL", checks["L3.chunking"]
+    for name in ("L3.drift", "L3.chunking", "L3.state_noise"):
+        assert checks[name]["status"] == "FAIL", checks[name]
 
 
 @pytest.mark.parametrize("kind", ["recurrent", "key", "value"])
@@ -131,17 +152,9 @@ def test_a_bundle_that_loses_a_state_between_chunks_fails_its_task(
 
 
 def test_a_blurred_head_is_caught_by_every_quality_gate(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = OnnxSession.run
-    noise = np.random.default_rng(0).normal(0, 6, 4096).astype(np.float32)
-
-    def run(self: OnnxSession, signature: str, inputs: Any) -> Any:
-        outputs = right(self, signature, inputs)
-        if "logits" in outputs:
-            outputs["logits"] = outputs["logits"] + noise[: outputs["logits"].shape[-1]]
-        return outputs
-
-    monkeypatch.setattr(OnnxSession, "run", run)
+    spoiled(OnnxSession, blurred)(monkeypatch)
     code, checks = quality(bundle)
     wrong = {name for name in QUALITY if checks[f"L3.{name}"]["status"] == "FAIL"}
     assert code == 3
     assert wrong == set(QUALITY) - {"chunking"}
+    assert checks["L3.state_noise"]["status"] == "PASS", "no state was touched"

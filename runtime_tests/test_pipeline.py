@@ -18,6 +18,7 @@ import pytest
 from export.__main__ import main
 from export.bundle.reader import Bundle
 from export.checkpoint import open_checkpoint
+from export.pace import Pace
 from export.spec import ExportSpec
 from export.validate import bench, judge, latency
 from runtime_tests.once import Memory
@@ -250,7 +251,7 @@ def test_an_export_measures_its_bundle_in_a_process_of_its_own(
     monkeypatch.setattr(bench, "measure_apart", apart)
     bundle = Bundle.open(plain)
     checkpoint = open_checkpoint(ExportSpec(target="onnx", size="tiny"))
-    found = judge.measure(checkpoint, checkpoint.model_config, plain, bundle.manifest, 1)
+    found = judge.measure(checkpoint, checkpoint.model_config, plain, bundle.manifest, 1, Pace())
     assert asked == [(plain, bundle.manifest["name"], 1)]
     assert found["bundle"]["peak_memory_bytes"] == 7 * 2**20
     assert found["reference"]["prefill"]["prompt_tokens"] == 100

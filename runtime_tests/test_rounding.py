@@ -11,12 +11,14 @@ import torch
 
 from export.checkpoint.weights import Weights
 from export.model import decoder, operators
-from export.quantize.recipe import Recipe
-from export.validate import reference, rounding
+from export.quantize.quantizer import Quantizer
+from export.quantize.recipe import Recipe, load_recipe
+from export.validate import metrics, reference, rounding
 from export.validate.case import Case
 from export.validate.gates import FLOOR
 from export.validate.ladder import l0
 from export.validate.probe import make_probe
+from export.validate.replay import state_noise
 from runtime_tests.conftest import SIZES, MemoryCheckpoint, variant
 from runtime_tests.test_faults_host import L0
 from targets import load_target
@@ -119,3 +121,33 @@ def test_the_worst_state_is_that_with_most_roundings() -> None:
     found = unit.worst({"a": float("nan"), "b": 4e-6, "c": 5e-6}, FLOOR)
     assert np.isnan(found[0]) and found[1] == 1e-5
     assert unit.largest == 1e-5
+
+
+def test_the_noise_of_weights_is_that_of_the_recipe(model: MemoryCheckpoint) -> None:
+    weights = Weights(model, model.model_config)
+
+    def noise(recipe: str) -> float:
+        return rounding.of_weights(Quantizer(weights, load_recipe(recipe)))
+
+    assert noise("fp32") == 0
+    assert 2e-5 < noise("int8") < 1e-4
+    assert 5e-3 < noise("int4") < 2e-2
+    assert 5 * noise("int8") < noise("int4-mlp") < noise("int4-careful") < noise("int4")
+
+
+def test_noise_is_a_share_of_power() -> None:
+    three = np.asarray([0.0, 3.0, 4.0])
+    assert metrics.noise(three, three) == 0
+    assert metrics.noise(three, np.asarray([0.0, 3.0, 2.0])) == pytest.approx(4 / 25)
+    assert metrics.noise(0 * three, 0 * three) == 0
+    for wrong in (three * np.nan, three[:2], np.ones(3)):
+        assert metrics.noise(0 * three, wrong) == float("inf")
+
+
+def test_rows_of_a_cache_that_nothing_was_written_to_do_not_count() -> None:
+    truth = {"key_0": np.ones((2, 5, 4)), "conv_0": np.ones((6, 3))}
+    found = {name: array.copy() for name, array in truth.items()}
+    found["key_0"][:, 3:] = 7
+    assert state_noise(truth, found, 3) == {"key_0": 0, "conv_0": 0}
+    found["conv_0"][:, 2] = 0
+    assert state_noise(truth, found, 4) == {"key_0": pytest.approx(36 / 4), "conv_0": pytest.approx(1 / 3)}

@@ -75,7 +75,8 @@ def number(value: float | str) -> str:
 def gate(check: dict[str, Any]) -> str:
     if check["limit"] is None:
         return "–"
-    return f"{'≥' if check['at_least'] else '≤'} {check['limit']:g}"
+    limit = check["limit"]  # those that count roundings or noise have many digits
+    return f"{'≥' if check['at_least'] else '≤'} {limit:{'.3g' if limit < 1 else 'g'}}"
 
 
 def source(report: dict[str, Any], name: str) -> str:

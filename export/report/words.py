@@ -150,6 +150,10 @@ WORDS = {
         f"What the layers remember after the text, the worst of all states ({RELATIVE}).",
         "the bundle has forgotten or misremembers what it read.",
     ),
+    "L3.state_noise": Words(
+        "Power of the error in what the layers remember over that of what they should, the worst of all states.",
+        "a state was lost or damaged between two calls.",
+    ),
     "L3.chunking": Words(
         "A prompt read in chunks against the same prompt token by token, as KL divergence.",
         "the answer depends on how an app cuts the prompt.",

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import subprocess
+import sys
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from export.progress import MemorySampler
+from export.progress import MemorySampler, quiet_libraries
 from export.spec import ExportError, UsageError
 from export.validate import latency
 from targets import load_target
@@ -26,17 +27,30 @@ def measure_apart(folder: Path, manifest: dict[str, Any], threads: int) -> dict[
     peaks of the tiny bundles read 0.3 MiB, here 38 MiB. An emulation, whose times nobody is shown, runs once.
 
     Raises:
-        ExportError: the process was killed.
+        ExportError: the process was killed, or failed.
     """
-    spawn = get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
-        try:
-            return pool.submit(measure_here, folder, manifest, threads).result()
-        except BrokenProcessPool as error:
-            raise ExportError(
-                f"the process that measured {folder} was killed, likely for lack of memory; close other "
-                "programs, or leave the measurement out: export with --skip-validation, validate with --rung"
-            ) from error
+    # -P and this process's own search path: the other one must find what this one found, whatever folder it is in. No
+    # process of multiprocessing's, which runs a script that calls this a second time.
+    command = [sys.executable, "-P", "-m", "export.validate.bench", str(folder.absolute()), str(threads)]
+    path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": path},
+        input=json.dumps(manifest),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        killed = "was killed, likely for lack of memory"
+        reason = killed if done.returncode < 0 else f"failed: {lines[-1] if lines else f'exit code {done.returncode}'}"
+        raise ExportError(
+            f"the process that measured {folder} {reason}; close other programs, or leave the measurement out: "
+            "export with --skip-validation, validate with --rung"
+        )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def measure_here(folder: Path, manifest: dict[str, Any], threads: int) -> dict[str, Any]:
@@ -126,3 +140,14 @@ def bandwidth_share(bursts: list[dict[str, Any]], decode_bytes: int) -> dict[str
             ),
         }
     return shares
+
+
+def main() -> None:
+    """Of that process: the manifest comes in, the numbers go out."""
+    torch.set_num_threads(int(sys.argv[2]))
+    quiet_libraries()
+    sys.stdout.write(json.dumps(measure_here(Path(sys.argv[1]), json.load(sys.stdin), int(sys.argv[2]))) + "\n")
+
+
+if __name__ == "__main__":
+    main()

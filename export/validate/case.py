@@ -20,9 +20,10 @@ from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
 from export.pace import Pace
 from export.quantize.conditioned import weights_for
+from export.quantize.quantizer import Quantizer
 from export.quantize.recipe import Recipe
 from export.quantize.scale import StreamScale, scaled
-from export.validate import dialogues, reference, teacher, transformers_model
+from export.validate import dialogues, reference, rounding, teacher, transformers_model
 from export.validate.amounts import STEPWISE, Amounts
 from export.validate.chats import Chat
 from export.validate.dialogues import Dialogue
@@ -134,6 +135,12 @@ class Case:
     def layers(self) -> int:
         """Of the decoder."""
         return self.config.text.num_hidden_layers
+
+    @cached_property
+    def noise(self) -> float:
+        """What the recipe's rounding puts on the decoder's matrices, as a share of their power."""
+        smallest = self.target.capabilities.smallest_scale
+        return rounding.of_weights(Quantizer(self.weights, self.recipe, smallest))
 
     @cached_property
     def image_sizes(self) -> tuple[tuple[int, int], ...]:

@@ -14,6 +14,7 @@ from export.chat.template import load_tokenizer
 from export.checkpoint.base import Checkpoint
 from export.checkpoint.weights import Weights
 from export.model.config import ModelConfig
+from export.pace import Pace
 from export.quantize.recipe import Recipe
 from export.sizes import SHIPPED, TINY
 from export.validate import activations, bench, chats, latency, task, texts, work
@@ -110,8 +111,8 @@ def judge(
     if findings is not None:
         report["lint"] = grouped(findings)
     if with_latency:
-        with stage("latency"):
-            report["latency"] = measure(checkpoint, config, folder, manifest, threads)
+        with stage("latency") as pace:
+            report["latency"] = measure(checkpoint, config, folder, manifest, threads, pace)
     return report
 
 
@@ -132,12 +133,16 @@ def measure(
     folder: Path,
     manifest: dict[str, Any],
     threads: int,
+    pace: Pace,
 ) -> dict[str, Any]:
-    """Latency of the bundle, in a process of its own, and of PyTorch in the same run."""
-    bundle = bench.measure_apart(folder, manifest, threads)
+    """Latency of the bundle, in a process of its own, and of PyTorch in the same run, which takes about as long."""
+    pace.expect({"bundle": 1, "reference": 1})
+    with pace.part("bundle", 1):
+        bundle = bench.measure_apart(folder, manifest, threads)
     prompt = bundle["prefill"]["prompt_tokens"]
     bundle["decode_macs"] = work.decode_macs(config, prompt)
-    reference = latency.measure_reference(checkpoint, config, threads, prompt, 2, 4)
+    with pace.part("reference", 1):
+        reference = latency.measure_reference(checkpoint, config, threads, prompt, 2, 4)
     return {"bundle": bundle, "reference": reference}
 
 

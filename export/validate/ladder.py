@@ -24,14 +24,16 @@ from export.validate import costs, metrics, reference, rounding
 from export.validate.answers import own_answers, task_accuracy, text_runner
 from export.validate.case import Case, Rung, make_plan
 from export.validate.drift import drift, stress
-from export.validate.gates import FLOOR, GATES, Check, gated, recorded
+from export.validate.gates import DEPTH, FLOOR, GATES, Check, gated, recorded
 from export.validate.lowered import l1
 from export.validate.probe import picture_tokens
-from export.validate.replay import canonical, image_embeddings, replay, state_errors, worst
+from export.validate.replay import canonical, image_embeddings, replay, state_errors, state_noise, worst
 from export.validate.scores import Scores
 from targets.base import Rows, Session
 
 RUNGS = ("L0", "L1", "L2", "L3")
+UNQUANTISED = ("fp32", "fp16")
+"""Kinds of weights (`quality`) that nothing rounds but the dtype of the bundle's floats."""
 
 
 def l0(case: Case) -> Rung:
@@ -186,11 +188,10 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
     ends = [first + valid - 1 for first, _, valid in reference.pieces(len(rows), case.plan)]
     with case.pace.part("probe", len(case.plan)):
         logits = np.stack(replay(session, rows, probe.positions, case.plan, junk=0.0, advance=case.pace.advance))
-    errors = state_errors(config, true_states, canonical(config, session.states()), len(rows))
+    found = canonical(config, session.states())
+    errors = state_errors(config, true_states, found, len(rows))
     kind = quality(case)
-
-    def quality_check(name: str, value: float) -> Check:
-        return gated(f"L3.{name}", value, f"L3.{kind}.{name}", enforced=case.gate_quality)
+    quality_check = _gate_of(case, kind, case.gate_quality)
 
     series: dict[str, Any] = {"states": errors}
     notes: list[str] = []
@@ -203,29 +204,27 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
     series |= {"kl": [float(x) for x in scored["text"].kl], "rows": [ends[n] for n in at_text]}
     series |= {"picture_kl": [float(x) for x in scored["pictures"].kl], "picture_rows": [ends[n] for n in at_pictures]}
     worst_state = max(errors.values())
-    checks = [
-        quality_check("states", worst_state) if kind == "fp16" else recorded("L3.states", worst_state),
-        quality_check("chunking", _chunking(case, session, rows)),
-    ]
+    if kind in UNQUANTISED:
+        checks = [quality_check("states", worst_state)]
+    else:
+        noise = max(state_noise(true_states, found, len(rows)).values())
+        checks = [quality_check("state_noise", noise), recorded("L3.states", worst_state)]
     text = scored["text"]
     read = drift(case, session, series, notes) if case.drift_steps else None
     if read is not None:
         text = Scores.joined([text, read.scores])
     known = case.text is None or case.familiar or not text.lost(config.text.vocab_size)
-
-    def text_check(name: str, value: float) -> Check:
-        return gated(f"L3.{name}", value, f"L3.{kind}.{name}", enforced=case.gate_quality and known)
-
-    found = _text_checks(case, text, text_check, notes)
+    text_check = _gate_of(case, kind, case.gate_quality and known)
+    of_text = [*_text_checks(case, text, text_check, notes), text_check("chunking", _chunking(case, session, rows))]
     if read is not None:
-        found += read.checks(text_check)
+        of_text += read.checks(text_check)
     if not known:
         notes.append(
             f"The checkpoint never learned the text of the probe: transformers' perplexity on it is "
             f"{text.perplexity_reference:,.0f} with a vocabulary of {config.text.vocab_size:,}. What is measured on it "
             "is recorded without a gate; the answers judge."
         )
-    checks = [*found, *checks]
+    checks = [*of_text, *checks]
     if at_pictures:
         checks.append(recorded("L3.kl_pictures", float(scored["pictures"].kl.mean())))
     if case.pictures:
@@ -238,6 +237,19 @@ def _l3(case: Case, session: Session) -> tuple[Rung, NDArray[Any], NDArray[Any]]
     if case.task is not None:
         checks += task_accuracy(case, case.task, session, contract, quality_check, series)
     return Rung("L3", checks, series, notes), rows, logits
+
+
+def _gate_of(case: Case, kind: str, enforced: bool) -> Callable[[str, float], Check]:
+    """Checks of L3 by the gates of a kind of weights, or by those for all quantised ones where it has none."""
+
+    def check(name: str, value: float) -> Check:
+        own = f"L3.{kind}.{name}"
+        gate = own if own in GATES else f"L3.{name}"
+        noise = case.noise if gate in GATES and GATES[gate].of_noise else None
+        layers = case.config.text.num_hidden_layers if name == "state_noise" else DEPTH
+        return gated(f"L3.{name}", value, gate, enforced=enforced, noise=noise, layers=layers)
+
+    return check
 
 
 def _text_checks(

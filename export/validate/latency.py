@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from export.chat.conversation import chunks
 from export.checkpoint.base import Checkpoint
+from export.checkpoint.weights import VISION
 from export.model.config import FULL, ModelConfig
 from export.model.state import cache_rows
-from export.validate.transformers_model import hf_config, on_meta, without_deprecations
+from export.validate.transformers_model import cut, hf_config, on_meta, without_deprecations
 
 BUFFER_BYTES = 2**30
 WARMUP_STEPS = 4
@@ -176,12 +177,14 @@ def measure_reference(
         return None
     from transformers import Qwen3_5ForConditionalGeneration
 
-    settings = hf_config(checkpoint, config)
+    settings = cut(hf_config(checkpoint, config), config.text.layer_types, vision=config.vision is not None)
     model = on_meta(lambda: Qwen3_5ForConditionalGeneration(settings))
     size = 4 * sum(p.numel() for p in model.parameters())
     if size > 0.5 * psutil.virtual_memory().available:
         return None
     names = {name for name, _ in model.named_parameters()} - {"lm_head.weight"}
+    if config.vision is None:  # a decoder saved alone has no tensors of the encoder, and no picture is shown
+        names = {name for name in names if not name.startswith(VISION)}
     if not config.text.tie_word_embeddings:
         names.add("lm_head.weight")
     model = model.to_empty(device="cpu")

@@ -31,6 +31,15 @@ def relative(reference: Array, candidate: Array) -> float:
     return error / scale if scale > 0 else float("inf") if error > 0 else 0.0
 
 
+def noise(reference: Array, candidate: Array) -> float:
+    """sum (a-b)² / sum a²; infinite when the candidate is not finite or the shapes differ."""
+    if reference.shape != candidate.shape or not np.isfinite(candidate).all():
+        return float("inf")
+    a, b = reference.astype(np.float64), candidate.astype(np.float64)
+    power, error = float((a**2).sum()), float(((a - b) ** 2).sum())
+    return error / power if power > 0 else float("inf") if error > 0 else 0.0
+
+
 def centred(logits: Array) -> NDArray[np.float64]:
     """Logits less their mean, row by row: a constant added to all logits of a token changes nothing downstream."""
     wide = logits.astype(np.float64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -76,11 +76,16 @@ def canonical(config: ModelConfig, states: Mapping[str, NDArray[Any]]) -> Arrays
 
 
 def state_errors(config: ModelConfig, truth: Arrays, states: Arrays, tokens: int) -> dict[str, float]:
-    """Relative error of each state; KV caches over the rows written so far."""
-    errors = {}
+    """Relative error of each state, its worst element; KV caches over the rows written so far."""
+    return {name: metrics.relative(*pair) for name, pair in _written(truth, states, tokens)}
+
+
+def state_noise(truth: Arrays, states: Arrays, tokens: int) -> dict[str, float]:
+    """Power of the error of each state over its own; KV caches over the rows written so far."""
+    return {name: metrics.noise(*pair) for name, pair in _written(truth, states, tokens)}
+
+
+def _written(truth: Arrays, states: Arrays, tokens: int) -> Iterator[tuple[str, tuple[NDArray[Any], NDArray[Any]]]]:
     for name, expected in truth.items():
-        got = states[name]
-        if name.startswith(("key", "value")):
-            expected, got = expected[:, :tokens], got[:, :tokens]
-        errors[name] = metrics.relative(expected, got)
-    return errors
+        rows = slice(None, tokens if name.startswith(("key", "value")) else None)
+        yield name, (expected[:, rows], states[name][:, rows])

@@ -4,6 +4,8 @@ The same sums, our modules', in float32 and in float64. The distance is rounding
 are right or wrong: both are wrong alike. So it may be the unit in which transformers, our modules and a runtime are
 allowed to differ, on every checkpoint: constants that suit one refuse another, whose layers let rounding grow.
 
+The noise that a recipe's rounding puts on the weights is likewise the unit of what answers may lose by it.
+
 transformers hard-codes float32 inside its layers and cannot be its own truth. Tables of positions are float32 in
 its modules and in ours, and stay so here.
 """
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from export.checkpoint.weights import Weights
 from export.model import state
 from export.model.config import ModelConfig
+from export.quantize.quantizer import Quantizer
 from export.validate import metrics, reference
 from export.validate.reference import Arrays, Pass
 from export.validate.replay import state_errors
@@ -28,6 +31,8 @@ from export.validate.replay import state_errors
 LAST = 64
 """Tokens at the end whose logits tell the rounding of all: most was summed for them. With all, the head of a small
 model would cost more than its layers."""
+ROWS = 64
+"""Rows of each matrix that tell the noise of all."""
 Passed = tuple[NDArray[np.float32], Arrays]
 """Logits and states."""
 
@@ -76,3 +81,18 @@ def of_pictures(weights: Weights, pictures: Sequence[NDArray[Any]], embedded: Se
     """Of the embeddings of pictures [3, H, W], `embedded` [N, D] in float32; the largest, and 0 without pictures."""
     exact = reference.own_vision(weights, pictures, torch.float64)
     return max((metrics.relative(true, found) for true, found in zip(exact, embedded, strict=True)), default=0.0)
+
+
+def of_weights(quantizer: Quantizer) -> float:
+    """Noise of a recipe: mean over the decoder's matrices of the squared relative error of rounding, 0 for one that
+    keeps its floats. Those that no recipe rounds do not count; of the others each counts alike, because a large one is
+    no more sensitive than a small one.
+    """
+    matrices = {n: p for n, p in quantizer.weights.parameters.items() if n.startswith("decoder.") and p.role != "kept"}
+    squares = []
+    for name, parameter in matrices.items():
+        rows = min(ROWS, parameter.shape[0])
+        exact = quantizer.weights.rows(name, 0, rows)
+        error = (quantizer.reference_rows(name, 0, rows) - exact).square().sum()
+        squares.append(float(error / exact.square().sum().clamp(min=torch.finfo(torch.float32).tiny)))
+    return sum(squares) / max(1, len(squares))
