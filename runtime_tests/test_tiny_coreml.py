@@ -29,7 +29,7 @@ from targets import load_target
 from targets.base import Job
 
 TINY = Path(__file__).parents[1] / "checkpoints" / "tiny"
-WORDS = ["--target", "coreml", "--size", "tiny", "--quiet"]
+WORDS = ["--target", "coreml", "--size", "tiny", "--quiet", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
