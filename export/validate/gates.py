@@ -129,7 +129,7 @@ GATES: dict[str, Gate] = {
     "L3.own_kl": Gate(
         30,
         "that of kl_mean, on the bundle's own answers: right bundles of nine checkpoints measure 0.7 to 24, the least "
-        "of the faults that no other gate sees better 74",
+        "of the faults that no other gate sees better 88",
         of_noise=True,
     ),
     "L3.given_kl": Gate(30, "that of own_kl, on the reference's answers", of_noise=True),
