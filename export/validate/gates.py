@@ -140,7 +140,7 @@ GATES: dict[str, Gate] = {
     ),
     "L3.state_noise": Gate(
         20,
-        "power of the error over a state's own, the worst of all, on any text: right bundles of nine checkpoints "
+        "power of the error over a state's own, the worst of all, on any text: right bundles of seven checkpoints "
         "measure 2 to 15 of it, the least of the faults that no other gate sees better 31",
         of_noise=True,
     ),
