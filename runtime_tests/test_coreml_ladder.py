@@ -92,7 +92,7 @@ def report(model: MemoryCheckpoint, bundle: tuple[Path, dict[str, Any]]) -> dict
         return [*(right(self, *place) or []), WARNING]
 
     def observe(self: Target, *place: Any) -> Activations | None:
-        seen.append(place[2:])
+        seen.append(place[2:4])
         return looked(self, *place)
 
     right, looked = type(target).lint, type(target).observe
