@@ -139,7 +139,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.usefixtures("small_buffer")
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", ["text", pytest.param("heads", marks=pytest.mark.slow)])
 def test_another_checkpoint_in_8_bits_passes_and_keeps_its_points(name: str, exported: Callable[[str], Path]) -> None:
     """It never learned the probe's prose, which judges nobody: its answers do."""
     bundle = exported(name)
