@@ -140,6 +140,7 @@ FIRST = f"{TEXT}.layers.0"
 DAMAGES: dict[str, Change] = {
     "a matrix of zeros": of_tensor(f"{FIRST}.linear_attn.out_proj.weight", torch.zeros_like),
     "rows of a matrix shifted by one": of_tensor(f"{FIRST}.mlp.down_proj.weight", lambda w: w.roll(1, 0)),
+    "a matrix twice as large": of_tensor(f"{FIRST}.mlp.up_proj.weight", lambda w: 2 * w),
     "a matrix of the other sign": of_tensor(f"{FIRST}.mlp.up_proj.weight", torch.neg),
     "weights with half their size of noise": noisy(0.5),
     "weights with a third of their size of noise": noisy(1 / 3),
